@@ -81,8 +81,8 @@ def sweep(
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
-    """:func:`lora_vit.analysis.summarize` of folders, or sweeps by name. Raises RecordError."""
-    from lora_vit.analysis import summarize as compare
+    """:func:`lora_vit.analysis.core.summarize` of folders, or sweeps by name. Raises RecordError."""
+    from lora_vit.analysis.core import summarize as compare
 
     return compare([named(folder) if isinstance(folder, str) else folder for folder in folders], **choices)
 

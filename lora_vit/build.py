@@ -44,7 +44,7 @@ def usable_gpus(accelerator: str) -> int:
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """The device of this process: the GPU that it was given. Raises ConfigError where one is asked for in vain."""
+    """The device of this process: the GPU that it was given. Raises ConfigError where one is asked for and none is."""
     if accelerator == "gpu" and not usable_gpus("gpu"):
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible, give trainer.accelerator=cpu or auto")
     return torch.device("cuda", torch.cuda.current_device()) if usable_gpus(accelerator) else torch.device("cpu")

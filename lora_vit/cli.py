@@ -54,7 +54,7 @@ def main(command: str | None = None) -> None:
             own = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
             if name == chosen:
                 module.add_arguments(own)
-        args = parser.parse_args(given)
+        args = parser.parse_args(given, argparse.Namespace(typed=given))
         code = module.run(args)
     sys.exit(code)
 
@@ -75,7 +75,7 @@ def completed_trial(folder: str | Path, weights: str | None, device: str, root: 
                     ) -> tuple[Path, TrialRecord, TrialConfig]:  # fmt: skip
     """A trial's (of a sweep the chosen one's) folder, record and config, to use on a device. Raises RecordError."""
     if ((folder := named(str(folder))) / PLAN).is_file():
-        from lora_vit.analysis import summarize  # imports pandas
+        from lora_vit.analysis.core import summarize  # imports pandas
 
         folder = summarize(folder).chosen
         print(f"{folder}: of the best cell, the first seed", file=sys.stderr)

@@ -30,11 +30,11 @@ from yaml import YAMLError
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, unknown_key, validate_sweep
 from lora_vit.config.schema import ADDED, SAYS, idle, wrong_type
 from lora_vit.distributed import started_by_torchrun
-from lora_vit.errors import ConfigError, UserError, line_of, one_line
+from lora_vit.errors import ConfigError, line_of, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
-from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
+from lora_vit.sweep.trial import Trial, digest, key_of, without_idle
 from lora_vit.terminal import Progress
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 does so anyway
@@ -73,8 +73,6 @@ def in_one_line() -> Iterator[None]:
     """Raise ConfigError, with one line, for an error of Hydra, OmegaConf or YAML that a user can cause."""
     try:
         yield
-    except UserError:
-        raise
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(explain(error)) from error
     except (ValueError, OSError) as error:  # Hydra also makes a folder
@@ -99,11 +97,9 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
 
 
 def own_groups(folder: Any) -> list[str]:
-    """The override that finds groups in a folder, as ``--config-dir`` does; none without. Raises ConfigError."""
+    """The override that finds groups in a folder, as ``--config-dir`` does; none without."""
     if folder is None:
         return []
-    if not Path(folder).is_dir():
-        raise ConfigError(f"config_dir={folder} is no folder: give one with groups, as experiment/NAME.yaml")
     return [f"hydra.searchpath=[{QuotedString(f'file://{Path(folder).absolute()}', Quote.single).with_quotes()}]"]
 
 
@@ -165,7 +161,7 @@ def sweep_request(master: Any) -> Request:
     options: Any = OmegaConf.to_object(master.sweep)
     validate_sweep(options)
     composer.fetch = not options.dry_run
-    refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
+    refuse_without_effect(master, options, list(swept), [*given["hydra"], *fixed])
     refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
     if options.name is None:
         master.sweep.name = _name(master, swept, overrides)
@@ -178,8 +174,9 @@ def sweep_request(master: Any) -> Request:
         raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
     axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
     request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
-    if options.margin is not None and request.trials:
-        refuse_seed_dependent(composer, request.trials)
+    for trial in request.trials * (options.margin is not None):
+        if found := re.search(r"(\w+): .*\{\.*seed\}", OmegaConf.to_yaml(composer(trial.overrides))):
+            raise ConfigError(f"{found[1]} depends on the seed, over which a race compares: give it a value of its own")
     return request
 
 
@@ -220,16 +217,6 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     for key in {key_of(line) for lines in swept for line in lines}.intersection(PATHS):
         said.append(f"  ({key}: a comma separates values; a name with a comma is given in quotes, \"{key}='a,b'\")")
     raise ConfigError("\n".join(said))
-
-
-def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
-    """Raise ConfigError if a setting follows the seed: a race gives each cell other seeds."""
-    seed = f"seed={trials[0].config.seed + 1}"
-    others = compose_all(composer, [], [[*without_seed(trial.overrides), seed] for trial in trials])
-    for trial, other in zip(trials, others, strict=True):
-        for key, value in vars(trial.config).items():
-            if key != "seed" and value != getattr(other.config, key):
-                raise ConfigError(f"{key} depends on the seed, over which a race compares: give it a value of its own")
 
 
 def search_space(
@@ -289,7 +276,7 @@ def first_of(lines: Sequence[str], *prefixes: str) -> str:
     return next((line for line in lines if line.lstrip("+~").startswith(prefixes)), "")
 
 
-def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str], given: Sequence[str]) -> None:
+def refuse_without_effect(master: Any, options: SweepConfig, swept: Sequence[str], given: Sequence[str]) -> None:
     """Raise ConfigError if a setting of Hydra's or of the sweep's would do nothing, or cannot be."""
     race, search = options.margin is not None, options.trials is not None
     for wrong, why in (
@@ -298,14 +285,15 @@ def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str
         (first_of(given, "hydra/launcher", "hydra.launcher"),
          "has no effect beside this sweeper: choose engine=local, slurm or ray, or hydra/sweeper=basic"),
         (first_of(given, "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.env_set", "hydra.output_subdir",
-                  "hydra.verbose", "hydra.job_logging", "hydra/job_logging"),
+                  "hydra.verbose", "hydra.job_logging", "hydra/job_logging")
+         or ("hydra.callbacks" if master.hydra.callbacks else ""),
          "has no effect on packed trials: leave it out, or choose hydra/sweeper=basic"),
         (not race and first_of(given, "sweep.first_seeds", "sweep.most_seeds"),
          "has no effect without sweep.margin, which makes the sweep a race"),
         (race and "seed" in swept and "seed",
          "cannot be swept in a race (sweep.margin), which chooses its seeds: give its first one, seed=0"),
         (race and search and f"sweep.trials={options.trials}", "makes a search, sweep.margin a race: give one of them"),
-        (not options.wait and engine != "slurm" and "sweep.wait=false",
+        (not options.wait and master.engine.name != "slurm" and "sweep.wait=false",
          "needs engine=slurm: only workers on Slurm outlive the command"),
         (options.dry_run and search and "sweep.dry_run=true", "cannot say what a search will suggest: leave it out"),
     ):  # fmt: skip

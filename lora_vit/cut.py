@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def verify(sweep: Sweep) -> str:
     """Train the lowest rank whose cut may be the best, as an ordinary trial for each seed; how the two compare."""
-    from lora_vit.analysis import summarize
+    from lora_vit.analysis.core import summarize
     from lora_vit.analysis.stats import t_interval
     from lora_vit.analysis.texts import seeds, signed
     from lora_vit.sweep.worker import work

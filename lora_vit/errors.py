@@ -68,10 +68,6 @@ def reporting() -> Iterator[None]:
         if find_spec("lora_vit.conf") is None:
             install = f"run `{sys.executable} -m pip install -e {Path(__file__).resolve().parents[1]}`"
             raise ConfigError(f"lora_vit is not installed in this Python: {install}")
-        try:
-            os.getcwd()
-        except OSError as error:
-            raise ConfigError(f"the current folder is gone ({error.strerror}): cd to one that is there") from None
         yield
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(report(error))

@@ -48,9 +48,7 @@ def export(folder: str | Path, form: str, out: str | Path, weights: str | None =
         written.mkdir()
         try:
             interop.write(form, trained, written)
-            logits, prepared = interop.opened(form, written)
-            trained.compare(logits, f"{folder}: the export")
-            odd = interop.prepared_otherwise(trained, prepared)
+            trained.compare(interop.opened(form, written), f"{folder}: the export")
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
@@ -60,7 +58,13 @@ def export(folder: str | Path, form: str, out: str | Path, weights: str | None =
         for file in filter(Path.is_file, written.rglob("*")):  # some libraries write for their owner alone
             file.chmod(written.stat().st_mode & 0o666)
         written.replace(out)
-    return odd
+    if (how := trained.preprocessing) is None:
+        print("note: the export does not say how pictures are prepared: prepare them as in your own loop")
+    if how is None or form in ("onnx", "torch_export"):
+        return []
+    if how.decoding.size not in (None, how.image_size):  # others resize once, drop transparency and know no range
+        return ["most"]
+    return ["transparent"] * (how.decoding.background is not None) + ["deep"] * (how.decoding.value_range is not None)
 
 
 def run(args: argparse.Namespace) -> int:

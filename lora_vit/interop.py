@@ -3,20 +3,16 @@
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_vit import randomness
 from lora_vit.config import ADAPTED, SIZES
 from lora_vit.data.preprocessing import ABOUT
 from lora_vit.errors import ConfigError, one_line
@@ -25,8 +21,6 @@ from lora_vit.lora.backbones import head_name, last_layer, places_of, sizes_of, 
 from lora_vit.lora.inject import chosen_places
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
-
-SAME_INPUT = 0.05  # of a normalised pixel, on average: three of 255 levels, where others round once more or resize so
 
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:
@@ -52,8 +46,8 @@ def write(form: str, trained: TrainedModel, out: Path) -> None:
     program.save(out / "model.onnx")
 
 
-def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[Path], np.ndarray] | None]:
-    """What the other library makes of images, [B, C], and of a picture file, float32 [3, S, S], if it has a reader.
+def opened(form: str, out: Path) -> Callable[[Tensor], Tensor]:
+    """What the other library makes of images, [B, C].
 
     By the files that :func:`write` left and nothing else, and by the lines in docs/interop.md.
     """
@@ -61,63 +55,23 @@ def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[
         import onnxruntime
 
         session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-        return lambda x: torch.tensor(session.run(None, {"images": x.numpy()})[0]), None
+        return lambda x: torch.tensor(session.run(None, {"images": x.numpy()})[0])
     if form == "torch_export":
-        return torch.export.load(out / "model.pt2").module(), None
+        return torch.export.load(out / "model.pt2").module()
     place = out / "base" if form == "peft" else out
-    described = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    if "architectures" in described:  # HF's
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
-        from transformers.image_utils import load_image
+    if "architectures" in json.loads((place / "config.json").read_text(encoding="utf-8")):  # HF's
+        from transformers import AutoModelForImageClassification
 
         model: Any = AutoModelForImageClassification.from_pretrained(place)
-
-        def prepared(file: Path) -> np.ndarray:
-            processor: Any = AutoImageProcessor.from_pretrained(place)
-            return processor(load_image(str(file)), return_tensors="np")["pixel_values"][0]
     else:
         import timm
 
         model = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
-        transform: Any = timm.data.create_transform(**timm.data.resolve_data_config(described["pretrained_cfg"]))
-
-        def prepared(file: Path) -> np.ndarray:
-            return transform(ImageOps.exif_transpose(Image.open(file)).convert("RGB")).numpy()
-
     if form == "peft":
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, out).eval()
-    return lambda images: getattr(found := model(images), "logits", found), prepared
-
-
-def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndarray] | None) -> list[str]:
-    """Kinds of pictures that the other library's own reader, if it has one, prepares differently from the trial."""
-    how, odd = trained.preprocessing, list[str]()
-    if how is None:
-        print("note: the export does not say how pictures are prepared: prepare them as in your own loop")
-    if how is None or prepared is None:
-        return odd
-    side = 2 * max(how.image_size, how.decoding.size or 0)
-    noise = torch.rand(1, 4, side, 3 * side, generator=randomness.generator("pictures"))
-    # of coarser grains too: photos have shapes
-    drawn = [F.interpolate(noise[:, :, :rows, : 3 * rows], (side, 3 * side)) for rows in (4, 16, side)]
-    wide = torch.cat(drawn).mean(0).permute(1, 2, 0).numpy()  # [side, 3 * side, 4] in [0, 1)
-    image = Image.fromarray((wide * 256).astype(np.uint8))
-    rgb, small = image.convert("RGB"), (0, 0, how.image_size, how.image_size)
-    kinds = {"wide": rgb, "small": rgb.crop(small), "sideways": rgb.copy(), "grey": rgb.convert("L"),
-             "transparent": image}  # fmt: skip
-    kinds["sideways"].getexif()[ExifTags.Base.Orientation] = 6
-    if how.decoding.value_range is not None:
-        low, high = how.decoding.value_range
-        kinds["deep"] = Image.fromarray((low + wide[..., 0] * (high - low)).astype(np.float32))
-    with tempfile.TemporaryDirectory() as place:
-        for kind, picture in kinds.items():
-            file = Path(place, f"{kind}.tiff" if kind == "deep" else f"{kind}.png")
-            picture.save(file, exif=picture.getexif())
-            if not np.abs(prepared(file) - how(file)).mean() <= SAME_INPUT:
-                odd.append(kind)
-    return odd
+    return lambda images: getattr(found := model(images), "logits", found)
 
 
 def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:

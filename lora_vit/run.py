@@ -45,7 +45,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
             raise ConfigError(there.problem)
         return there.record if there.status == "completed" and not restart else None
 
-    with contextlib.ExitStack() as held, _remedy_for_memory(config):
+    with contextlib.ExitStack() as held, _remedy_for_memory():
         completed = distributed.from_main(distributed.on_all(lambda: take() if process.rank == 0 else None))
         if completed is not None:
             return completed
@@ -68,18 +68,16 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
 
 
 @contextlib.contextmanager
-def _remedy_for_memory(config: TrialConfig) -> Iterator[None]:
+def _remedy_for_memory() -> Iterator[None]:
     """Raise TrialFailed, with what to do, in the place of an error that says that memory ran out."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        t = config.trainer
-        parts = "" if t.micro_batch == "auto" else f"trainer.micro_batch=auto (it is {t.micro_batch or 'null'}), "
-        again = "" if t.checkpoint_activations else "trainer.checkpoint_activations=true, "
-        smaller = "a smaller model or model.image_size, trainer.precision=bf16 or fp16, or fewer lora.targets or blocks"
-        raise TrialFailed(f"{one_line(error)}: give {parts}{again}{smaller}") from error
+        what = "trainer.micro_batch=auto, trainer.checkpoint_activations=true, trainer.precision=bf16 or fp16"
+        smaller = "fewer lora.targets or blocks, a smaller model or model.image_size"
+        raise TrialFailed(f"{one_line(error)}: give what is not given yet of {what}, {smaller}") from error
 
 
 def main() -> None:

@@ -14,16 +14,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_vit.analysis import export, summarize
+from lora_vit.analysis import export
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.texts import number
 from lora_vit.cli import named
 from lora_vit.files import write_files
 from lora_vit.terminal import from_here
 
-# how pictures' names begin; heat maps are of earlier versions
-PICTURES = ("cells", "difference", "race", "by_", "learning_curves", "pareto_", "heat_", "cut_ranks", "spectrum",
-            "search")  # fmt: skip
+PICTURES = ("difference", "race", "by_", "search", "cut_ranks", "spectrum")  # how their names begin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the files, print the comparison; 0. Raises RecordError: nothing to compare, or files cannot be written."""
+    """Write the files, print the comparison; 0. Raises RecordError: there is nothing to compare."""
     out = Path(args.out or args.folders[0] / OUTPUT)
     summary = summarize(args.folders, where=args.where, margin=args.margin, metric=args.metric)
-    given = {"--out": args.out, "--where": args.where, "--metric": args.metric, "--margin": args.margin}
-    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
-    again = shlex.join([*map(str, args.folders), *options, *["--no-plots"] * args.no_plots])
     files = {
         "trials.csv": summary.trials.to_csv(index=False).encode(),
         "cells.csv": summary.cells.to_csv(index=False).encode(),
@@ -59,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         for name, figure in summary.figures.items():
             pictures[name] = files[f"{name}.svg"] = render(figure, "svg")
             files[f"{name}.png"] = render(figure, "png")
-    files["report.html"] = export.html_report(summary, pictures, f"python -m lora_vit.summarize {again}").encode()
+    files["report.html"] = export.html_report(summary, pictures, f"lora-vit {shlex.join(args.typed)}").encode()
     write_files(out, files)
     for old in out.iterdir():  # of an earlier summary
         if old.suffix in (".png", ".svg") and old.name.startswith(PICTURES) and old.name not in files:

@@ -89,7 +89,7 @@ def make_trial(
 def make_frame(cells: Sequence[dict[str, Any]], accuracies: np.ndarray, **more: Any) -> pd.DataFrame:
     """The trials of :func:`make_sweep` as the loader reads them, without the disk, in the order of the cells."""
     rows = [
-        load.row(make_record(float(value), seed=seed, **settings, **more), Path("there"), [])
+        load.row(make_record(float(value), seed=seed, **settings, **more), Path("there"))
         for settings, values in zip(cells, accuracies, strict=True)
         for seed, value in enumerate(values)
         if np.isfinite(value)

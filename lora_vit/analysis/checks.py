@@ -50,20 +50,14 @@ def refuse(trials: pd.DataFrame) -> None:
         )
 
 
-def unfinished(trials: pd.DataFrame, same_seeds: bool = True, value: str = "val_accuracy") -> pd.DataFrame:
-    """Trials that are not in the averages, each with why; ``same_seeds``: also where a cell lacks a usual seed."""
+def unfinished(trials: pd.DataFrame, value: str = "val_accuracy") -> pd.DataFrame:
+    """Trials that are not in the averages, each with why."""
     rows = []
     for _, r in trials[~averaged(trials, value)].iterrows():
         reason = f"no {value}" if r["status"] == "completed" else str(r["error"])
-        if r["status"] == "stopped" and not reason:
-            reason = "stopped early: censored, its value is not the last epoch's"
         if not math.isnan(r["error_step"]):
             reason += f" (step {int(r['error_step'])})"
         rows.append([*r[["trial", "label", "seed", "status", "epoch", value]], reason])
-    there = pd.crosstab(trials["label"], trials["seed"])
-    for seed in there.columns[(there > 0).mean() >= 0.5] if same_seeds else ():
-        without = there.index[there[seed] == 0]
-        rows += [["", label, seed, "missing", math.nan, math.nan, "no record"] for label in without]
     table = pd.DataFrame(rows, columns=["trial", "label", "seed", "status", "epoch", "value", "reason"])
     return table.sort_values(["status", "label", "seed"], ignore_index=True)
 
@@ -78,7 +72,7 @@ def environment(done: pd.DataFrame) -> pd.DataFrame:
 
 
 def warnings(
-    done: pd.DataFrame, cells: pd.DataFrame, comparison: Comparison, edges: list[bool], left_out: pd.DataFrame
+    done: pd.DataFrame, comparison: Comparison, edges: list[bool], left_out: pd.DataFrame
 ) -> Iterator[str]:
     """Lines for the terminal, the tables and the report, the weightiest first."""
     adapted = done[done[METHOD].isin(ADAPTED)]
@@ -94,21 +88,14 @@ def warnings(
             yield f"The trials have different {what}: {shown}{more}."
     if (done["environment.dirty"] == True).any():  # noqa: E712  (None and missing are not True)
         yield "Some trials ran with uncommitted changes in the code."
-    if short := int((done["epoch"] < pd.to_numeric(done["trainer.epochs"])).sum()):
-        yield f"{short} completed trials have fewer epochs than their config asks for."
     if (devices := done["environment.device"].nunique()) > 1:
         yield f"The trials ran on {devices} kinds of device: seconds, images/s and memory do not compare."
     elif done["pack_size"].nunique() > 1:
         sizes = ", ".join(map(value_text, sorted(done["pack_size"].dropna().unique())))
         yield (f"The trials ran in packs of different size ({sizes}): a trial's seconds are its share of its pack's, "
                "and memory is the whole pack's.")  # fmt: skip
-    if single := int((cells["n"] == 1).sum()):
-        yield f"{single} of {len(cells)} cells have one seed only: no interval and no verdict for them."
-    c, unequal = comparison, f"The cells spread unequally from seed to seed (p = {comparison.spread_p:.2g})"
-    if c.spread_p < 0.05:
-        yield f"{unequal}: the wider error is used." if c.wide else f"{unequal}, yet one common error is used."
-    elif c.wide:
-        p = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2f})"
+    if (c := comparison).wide:
+        p = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2g})"
         yield (f"{c.seeds} seeds cannot show that all cells spread equally{p}: the wider error is used. More seeds "
                "would sharpen the comparison.")  # fmt: skip
     if not c.blocked:
@@ -116,9 +103,8 @@ def warnings(
     elif not c.complete:
         yield "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."
     if len(left_out):
-        lacking = left_out["reason"].str.replace("no val_", "without val ").str.replace("_", " ")
-        counts = left_out["status"].mask(left_out["status"] == "completed", lacking).value_counts()
-        told = ", ".join(f"{n} {status}" for status, n in counts.items())
+        counts = left_out["status"].mask(left_out["status"] == "completed", left_out["reason"]).value_counts()
+        told = ", ".join(f"{n} {why}" for why, n in counts.items())
         yield f"Not in the averages: {told} (listed under 'Not averaged')."
     tiny = done[done["data.name"] == "tiny_imagenet"]
     if tiny["model.weights"].astype(str).str.contains("IMAGENET1K").any():

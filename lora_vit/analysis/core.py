@@ -14,10 +14,9 @@ from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.questions import answers
-from lora_vit.analysis.stats import ALPHA, compare, t_interval
+from lora_vit.analysis.stats import ALPHA, Interval, compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
-from lora_vit.config import ADAPTED, nearest
-from lora_vit.config.names import METHOD, short_names
+from lora_vit.config.names import short_names
 from lora_vit.config.rules import one_of
 from lora_vit.errors import RecordError
 from lora_vit.metrics import METRICS
@@ -58,9 +57,8 @@ def summarize(
     done = seen[tables.averaged(seen, value)]
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
-        why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
-        nothing = f"no completed trial with a {value} ({counts}): nothing to summarize yet"
-        raise RecordError("; ".join([nothing, *why, *loaded.problems[:1]]))
+        why = "".join(f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""][:1].iterrows())
+        raise RecordError(f"no completed trial with a {value} ({counts}){why}: nothing to summarize yet")
     images = averaged["data.val"].astype(float).min()
     resolution = max(1 / float(images) if images > 0 else 0.0, sums.step)
     values = tables.matrix(done, value)
@@ -70,9 +68,7 @@ def summarize(
     unstable = collapses.named(tables.matrix(sound, value), resolution)
     sound = sound[~sound["cell"].isin(unstable)]
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
-    looks = [look for of_sweep in loaded.plans.values() for look in of_sweep["looks"]]
-    commands = [c for of_sweep in loaded.plans.values() if isinstance(c := of_sweep.get("command"), str)]
-    alpha = ALPHA / (1 + len(looks)) ** 3  # so all looks together err in 5 % (1 + 1/8 + 1/27 + ...) = 6 % at most
+    alpha = ALPHA / (1 + len(loaded.looks)) ** 3  # all looks together err in 5 % (1 + 1/8 + 1/27 + ...) = 6 % at most
     result = compare(compared, resolution, pictures=pictures, alpha=alpha, overlap=overlap)
     cells = tables.cells_table(done, values, result, settings, resolution)
     if race is not None:
@@ -80,21 +76,13 @@ def summarize(
         cells = judged(race, cells, values, margin)
     elif margin is not None:
         cells["within"] = cells["below"] <= margin
-    if len(failed):
-        lost = cells["cell"].map(failed).fillna(0).astype(int)
-        cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
-        cells["mark"] = cells["mark"].mask((lost > 0) & (cells["mark"] == "no verdict"), "failed")
-    cells["mark"] = cells["mark"].mask(cells["cell"].isin(unstable) & (cells["mark"] == "no verdict"), "unstable")
-    adapted = sound[sound[METHOD].isin(ADAPTED)]  # baselines have no rank, and what was cut was not trained at its
-    short = short_names(tables.factors(adapted, settings))
-    effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
-    tested = int(np.nan_to_num(done["data.test"].astype(float).min()))
-    step, figures = 1 / tested if tested else 0.0, tables.matrix(done, f"test_{metric}").reindex(values.index)
-    of_test = {cell: t_interval(x.to_numpy(float), step, overlap) for cell, x in figures.iterrows()}
+    _mark_unsound(cells, failed, unstable)
+    effects = main_effects(*tables.factors(sound, settings), value, resolution, sums)
+    tested, of_test = _tested(done, f"test_{metric}", overlap)
     asked, chosen = answers(done, values.index, result, settings, margin), tables.best_cell(cells)["cell"]
     if race is None and "method" in asked:  # a race chooses one cell, if any
         asked["method"]["test"] = asked["method"]["cell"].map(of_test)
-    unfinished = checks.unfinished(trials, race is None, value)
+    unfinished = checks.unfinished(trials, value)
     edges = tables.at_edges(cells, settings) if race is None else []
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
@@ -111,18 +99,35 @@ def summarize(
         environment=checks.environment(done),
         warnings=[
             *repeated,
-            *checks.looked(looks, result.alpha),
+            *checks.looked(loaded.looks, result.alpha),
             *checks.collapsed(cells, unstable),
-            *checks.warnings(done, cells, result, edges, unfinished),
+            *checks.warnings(done, result, edges, unfinished),
             *checks.unseen(sums, len(first)),
         ],
         problems=loaded.problems,
         race=race,
-        command="\n".join(dict.fromkeys(commands)) or None,
+        command=loaded.command,
         metric=metric,
         answers=asked,
         pictures=0 if pictures is None else pictures.means.shape[1],
     )
+
+
+def _mark_unsound(cells: pd.DataFrame, failed: pd.Series, unstable: dict[str, str]) -> None:
+    """Count the trials of each cell that ``failed``, and say in ``mark`` why a cell gets no verdict."""
+    no_verdict = cells["mark"] == "no verdict"
+    cells["mark"] = cells["mark"].mask(cells["cell"].isin(unstable) & no_verdict, "unstable")
+    if len(failed):
+        lost = cells["cell"].map(failed).fillna(0).astype(int)
+        cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
+        cells["mark"] = cells["mark"].mask((lost > 0) & no_verdict, "failed")
+
+
+def _tested(done: pd.DataFrame, figure: str, overlap: float) -> tuple[int, dict[str, Interval]]:
+    """The number of test images (0: not known), and the figure of each cell on them."""
+    images = int(np.nan_to_num(done["data.test"].astype(float).min()))
+    step, figures = 1 / images if images else 0.0, tables.matrix(done, figure).reindex(done["cell"].unique())
+    return images, {str(cell): t_interval(x.to_numpy(float), step, overlap) for cell, x in figures.iterrows()}
 
 
 def _looked_at(loaded: Loaded, folders: int, where: str | None, metric: str | None) -> tuple[Any, str]:
@@ -147,28 +152,17 @@ def _looked_at(loaded: Loaded, folders: int, where: str | None, metric: str | No
     return None, metric
 
 
-_WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])(@?[A-Za-z_][\w.]*)""")  # not the e6 of 1e6
-
-
 def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
     """The trials that meet a condition in which settings go by short or dotted name. Raises RecordError."""
-    columns = list(trials.columns)
-    aliases = {**{short: c for c, short in short_names(columns).items()}, **{c: c for c in columns}}
-
-    def named(match: re.Match[str]) -> str:
-        word = match.group(2)
-        if word in aliases:
-            return f"`{aliases[word]}`"
-        if word and word not in ("and", "or", "not", "in", "is", "True", "False", "None"):
-            raise RecordError(f"--where '{where}': there is no column '{word}'{nearest(word, sorted(aliases))}")
-        return match.group()
-
-    condition = _WORD.sub(named, where)
+    dotted = "|".join(re.escape(c) for c in map(str, trials.columns) if "." in c)
+    quoted = rf"""("[^"]*"|'[^']*'|`[^`]*`)|\b({dotted})\b"""  # pandas wants a name with a dot in backticks
+    condition = re.sub(quoted, lambda match: match[1] or f"`{match[2]}`", where)
+    both = pd.DataFrame({**trials, **{short: trials[c] for c, short in short_names(trials.columns).items()}})
     try:
-        kept = trials.query(condition, engine="python")
+        kept = trials.loc[both.query(condition, engine="python", local_dict={}, global_dict={}).index]
     except Exception as error:  # pandas raises many kinds here, SyntaxError among them
         text = str(error).split("\n")[0][:120]
         raise RecordError(f"--where '{where}' cannot be read ({text}); for example --where \"rank >= 4\"") from None
-    if not isinstance(kept, pd.DataFrame) or kept.empty:
+    if kept.empty:
         raise RecordError(f"--where '{where}' leaves none of the {len(trials)} trials")
     return kept.reset_index(drop=True)

@@ -1,9 +1,10 @@
 """Effects of the settings, each where the other settings are best.
 
-Dropout may help at a learning rate that nobody would use, and do nothing at a good one. So the levels of a setting are
-compared at one combination of the other settings: the one with the highest mean over the levels, among those that were
-run with most of them. Where several are about as good, the mean that weights each level by its inverse variance
-decides. It is uncorrelated with the differences between levels, as in generalized least squares, and so favours none.
+What a setting does can depend on the others: dropout may help at a bad learning rate and do nothing at a good one. So
+the levels of a setting are compared at one combination of the other settings: the one with the highest mean over the
+levels, among those that were run with most of them. Where several are about as good, the mean that weights each level
+by its inverse variance decides. It is uncorrelated with the differences between levels, as in generalized least
+squares, and so favours none.
 
 Each cell has an error variance of its own. Intervals of differences are t intervals at 95 %, each for itself, with
 Satterthwaite's degrees of freedom (1946), and wider by the pictures' part as all others (:mod:`.stats`). Whether the

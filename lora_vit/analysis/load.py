@@ -1,6 +1,5 @@
 """Folders to a table: one row per trial, and a list of what could not be read."""
 
-import itertools
 import json
 import math
 import os
@@ -31,6 +30,17 @@ class Loaded:
     plans: dict[Path, dict[str, Any]] = field(default_factory=dict)  # each sweep.json
     sweeps: int = 0  # how many were given whole
 
+    @property
+    def looks(self) -> list[list[int]]:
+        """Of each time that cells got more seeds: how many trials had ended, and their first and last seed."""
+        return [look for plan in self.plans.values() for look in plan["looks"]]
+
+    @property
+    def command(self) -> str | None:
+        """What was typed for the sweeps, a line each."""
+        typed = dict.fromkeys(plan["command"] for plan in self.plans.values() if plan.get("command"))
+        return "\n".join(typed) or None
+
 
 def find_records(folder: Path, depth: int = 2) -> list[Path]:
     """Folders with a record at or below ``folder``, at most ``depth`` levels down, sorted."""
@@ -48,24 +58,20 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     for folder in given:
         if not folder.is_dir():
             raise RecordError(f"{folder} is not a folder: give the folder of a sweep or of a run")
-        try:
-            paths.update(dict.fromkeys(find_records(folder)))
-        except OSError as error:
-            raise RecordError(f"{error.filename} cannot be read: {error.strerror}") from None
+        paths.update(dict.fromkeys(find_records(folder)))
     if not paths:
         raise RecordError(f"no trial in {', '.join(map(str, given))}: no {RECORD} there or up to two folders below")
     problems: list[str] = []
     read = []
     for path in paths:
         try:
-            read.append(row(read_record(path), path, problems))
-        except FileNotFoundError:
-            continue  # removed since it was found
+            read.append(row(read_record(path), path))
         except RecordError as error:
             problems.append(f"{error}; left out")
     if not read:
         raise RecordError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
-    _name_sweeps(read, problems)
+    common = os.path.commonpath([r["sweep"] for r in read])
+    read = [{**r, "sweep": os.path.relpath(r["sweep"], common)} for r in read]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     latest = sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True)
     twice = [(new, old) for old in latest if (new := rows.setdefault((old["trial"], old["cell"]), old)) is not old]
@@ -82,22 +88,6 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
         for path in [folder.parent / PLAN] if inside else [folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))]:
             _read_plan(path, loaded, None if inside else {*frame["trial"], *(path.name for path in paths)})
     return loaded
-
-
-def _name_sweeps(read: list[dict[str, Any]], problems: list[str]) -> None:
-    """Name sweeps, and keep cells apart (``CELL@SWEEP``) if one has all of another's trials, with other figures."""
-    common = os.path.commonpath([r["sweep"] for r in read])
-    for r in read:
-        r["sweep"] = os.path.relpath(r["sweep"], common)
-    done = pd.DataFrame(read).query("status == 'completed'")
-    figures = done.pivot_table(index="trial", columns="sweep", values="val_accuracy")
-    for a, b in itertools.permutations(figures, 2):
-        own = figures[figures[a].notna()]
-        if own[b].notna().all() and (own[a] != own[b]).any():
-            problems.append(f"all trials of {a} are in {b} too, with other figures: cells are kept apart by sweep")
-            for r in read:
-                r["cell"] += f"@{r['sweep']}"
-            return
 
 
 def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
@@ -119,21 +109,16 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
     loaded.plans[path] = plan
     loaded.sweeps += found is not None
     if missing := [trial for trial in planned if found is not None and trial not in found]:
-        shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
         command = f"python -m lora_vit.sweep work {shlex.quote(str(path.parent))}"
-        loaded.problems.append(
-            f"{len(missing)} of {len(planned)} trials of the sweep have no record ({shown}); {command} trains them"
-        )
+        loaded.problems.append(f"{len(missing)} of {len(planned)} trials of the sweep have no record; {command} trains "
+                               "them")  # fmt: skip
 
 
-def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any]:
-    """One trial as a flat row, settings by dotted name; an impossible metric is NaN and in ``problems``."""
-    if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
-        raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
+def row(record: TrialRecord, folder: Path) -> dict[str, Any]:
+    """One trial as a flat row, settings by dotted name."""
     lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}
-    versions = facts["versions"] if isinstance(facts.get("versions"), dict) else {}
-    counts = {name: record.data.get(name) for name in ("classes", "train", "val", "test")}
-    values: dict[str, Any] = {
+    versions = facts.get("versions", {})
+    return {
         "trial": record.trial_id,
         "cell": record.cell_id,
         "sweep": str(folder.absolute().parent),
@@ -147,9 +132,8 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         **{name: as_float(record.cost.get(name)) for name in COSTS},
         **{f"{name}_parameters": as_float(record.parameters.get(name))
            for name in ("trainable", "adapter", "head", "total")},
-        "data.fingerprint": _fact(record.data.get("fingerprint")),
-        **{f"data.{name}": n if type(n) is int and 0 <= n < 2**63 else None for name, n in counts.items()},
-        **{f"environment.{name}": _fact(facts.get(name))
+        **{f"data.{name}": record.data.get(name) for name in ("fingerprint", "classes", "train", "val", "test")},
+        **{f"environment.{name}": facts.get(name)
            for name in ("commit", "dirty", "host", "device", "precision", "world_size")},
         "environment.versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         "error": str(error.get("message", "")).strip().split("\n")[0],
@@ -158,14 +142,6 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         "heartbeat": record.heartbeat,
         "folder": str(folder),
     }  # fmt: skip
-    for name in (name for name in FIGURES if name.partition("_")[2] in METRICS):
-        value = values[name]
-        if not (math.isnan(value) or 0 <= value <= 1):
-            problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")
-            values[name] = math.nan
-        elif record.status == "completed" and math.isnan(value) and name == "val_accuracy":
-            problems.append(f"{folder / RECORD}: completed without {name}; taken as missing")
-    return values
 
 
 def as_float(value: Any) -> float:
@@ -173,8 +149,3 @@ def as_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         return math.nan
     return float(value)
-
-
-def _fact(value: Any) -> Any:
-    """A value to be shown and counted; anything but text, a flag or a number as text."""
-    return value if value is None or isinstance(value, (str, bool, int)) else str(value)

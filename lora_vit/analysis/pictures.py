@@ -82,8 +82,10 @@ class Sums:
 
     def add_all(self, trials: Any) -> None:
         """Count the trials of a table with their ``cell``, ``seed`` and ``folder``."""
-        for row in () if self.overlap else zip(trials["cell"], trials["seed"], trials["folder"], strict=True):
-            self.add(*row[:2], Path(row[2]))
+        if self.overlap:
+            return
+        for cell, seed, folder in zip(trials["cell"], trials["seed"], trials["folder"], strict=True):
+            self.add(cell, seed, Path(folder))
 
     def add(self, cell: str, seed: int, folder: Path) -> None:
         """Count a trial that has ended; where it has no usable predictions, note why."""
@@ -91,8 +93,6 @@ class Sums:
             with np.load(folder / PREDICTIONS) as arrays:
                 val: Any = SimpleNamespace(**{k: arrays[f"val.{k}"] for k in READ if f"val.{k}" in arrays})
             self.count(cell, seed, val.labels, each_adds(self.metric, val))
-        except FileNotFoundError:
-            self.without.append((cell, f"{folder} has no {PREDICTIONS}"))
         except Exception as error:  # numpy and zipfile raise many kinds where a file is cut off or of another version
             self.without.append((cell, f"{folder / PREDICTIONS} cannot be used ({error})"))
 

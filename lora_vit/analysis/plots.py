@@ -26,7 +26,7 @@ from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import averaged, best_cell, matrix
 from lora_vit.analysis.texts import count, plain, points, signed
 from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, short_names, value_text
-from lora_vit.records import SEARCH, read_record
+from lora_vit.records import SEARCH
 
 STYLE = Path(__file__).with_name("report.mplstyle")
 COLOURS = {"lora": "#0072B2", "dora": "#CC79A7", "none": "#E69F00", "full": "#009E73"}
@@ -43,14 +43,15 @@ Scale = tuple[np.ndarray, list[tuple[float, str]]]  # of a setting: where each t
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
+    cut = summary.cells[METHOD].str.contains(CUT)
     with matplotlib.rc_context(fname=STYLE):
         figures = {
             "difference": difference(summary),
             "race": race(summary),
             **(search(summary) or by_setting(summary)),  # a search's settings are hardly crossed
-            "cut_ranks": cut_ranks(summary),
-            "spectrum": spectrum(summary),
         }
+        if cut.any() and "lora.rank" in summary.cells:
+            figures |= {"cut_ranks": cut_ranks(summary, cut), "spectrum": spectrum(summary, cut)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -73,7 +74,7 @@ def difference(summary: Summary) -> Figure | None:
 
     The thick part of an interval is that of the seeds alone. What lies beyond an edge has an arrow there.
     """
-    cells, best, value = _with_method(summary.cells), best_cell(summary.cells), f"val_{summary.metric}"
+    cells, best, value = summary.cells, best_cell(summary.cells), f"val_{summary.metric}"
     if len(cells) < 2:
         return None
     baselines = cells[MOST_ROWS:][cells[METHOD].isin(BASELINES)[MOST_ROWS:]].head(MOST_BASELINES)
@@ -114,7 +115,7 @@ def difference(summary: Summary) -> Figure | None:
     axes.set(xlim=(low, high), ylim=(len(shown) - 0.4, -0.6))
     axes.set_yticks(range(len(shown)), map(_shorten, shown["label"]))
     axes.grid(axis="y", visible=False)
-    for method in dict.fromkeys(shown[METHOD]) if METHOD in summary.cells else ():
+    for method in dict.fromkeys(shown[METHOD]) if METHOD in summary.settings else ():
         axes.plot([], [], "o", color=colour_of(method), label=METHODS.get(method, method))
     lines = "lines: 95 % for all cells together, thick by seeds alone; " * bool(np.isfinite(ends).any())
     dotted = "dots: seeds" if (shown["n"] > 1).any() else "one seed"
@@ -124,7 +125,7 @@ def difference(summary: Summary) -> Figure | None:
 
 def race(summary: Summary) -> Figure | None:
     """How far each cell is behind the leader by number of seeds, until it left, and the bar below which one leaves."""
-    race, cells = summary.race, _with_method(summary.cells)
+    race, cells = summary.race, summary.cells
     if race is None or not race.seeds:
         return None
     raced = cells[cells["cell"].isin(race.cells)]
@@ -155,7 +156,7 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
 
     The line with intervals is that at which the levels are compared; a baseline's interval is a band.
     """
-    cells, figures = _with_method(summary.cells), {}
+    cells, figures = summary.cells, {}
     baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
     for factor in summary.effects.factors:
         lines: list[pd.DataFrame] = []
@@ -205,8 +206,7 @@ def search(summary: Summary) -> dict[str, Figure]:
         return {}
     low = 2 * values.median() - values.max() - 0.5
     metric = f"Val {summary.title} (%{f'; lower ones at {low:.1f}' * bool(low > values.min())})"
-    started = [read_record(Path(trial)).started for trial in summary.trials["folder"]]
-    trials = summary.trials.assign(value=values.clip(lower=low), started=started).sort_values(["started", "trial"])
+    trials = summary.trials.assign(value=values.clip(lower=low)).sort_values(["started", "trial"])
     trials["number"] = np.arange(1, len(trials) + 1)
     done = trials.dropna(subset="value")
     short = short_names(c for c in summary.settings if done[c].map(value_text).nunique() > 1)
@@ -276,11 +276,9 @@ def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
     return np.nan_to_num(at, nan=1.15), named + [(1.15, "–")] * bool(values.isna().any())
 
 
-def cut_ranks(summary: Summary) -> Figure | None:
-    """The metric by rank of what was cut, and of what was trained at it, at the other settings of the best that was."""
+def cut_ranks(summary: Summary, cut: pd.Series) -> Figure:
+    """The metric by rank of what was ``cut``, and of what was trained at it, at the other settings of the best cut."""
     cells = summary.cells
-    if not {METHOD, "lora.rank"} <= {*cells} or not (cut := cells[METHOD].str.contains(CUT)).any():
-        return None
     like, frame = cells[cut].iloc[0], cells[~cells[METHOD].isin(BASELINES)]
     for c in [c for c in summary.settings if c not in (METHOD, "lora.rank", "lora.alpha")]:
         frame = frame[frame[c].map(value_text) == value_text(like[c])]
@@ -306,12 +304,10 @@ def update_shares(folders: list[str]) -> dict[str, np.ndarray]:
     return {layer: np.array([np.mean(own, 0) for own in of.values()]) for layer, of in found.items()}
 
 
-def spectrum(summary: Summary) -> Figure | None:
-    """What the first ranks hold of the updates that were cut: by layer the mean of the blocks, and their range."""
+def spectrum(summary: Summary, cut: pd.Series) -> Figure | None:
+    """What the first ranks hold of the updates that were ``cut``: by layer the mean of the blocks, and their range."""
     cells, trials = summary.cells, summary.trials
-    if not {METHOD, "lora.rank"} <= {*cells} or not (cuts := cells[METHOD].str.contains(CUT)).any():
-        return None
-    trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].head(1)  # the best, if it is looked at
+    trained = cells[~cut & (cells["lora.rank"] == cells["lora.rank"].max())].head(1)  # the best, if it is looked at
     if not (shares := update_shares(trials.loc[trials["cell"].isin(trained["cell"]), "folder"].tolist())):
         return None
     axes = _axes(f"The updates of {_shorten(trained['label'].iloc[0])}", "First ranks", "Of the squared update (%)")
@@ -342,10 +338,6 @@ def _axes(title: str, x: str, y: str, width: float = WIDTH, height: float = 3.9)
     axes = Figure(figsize=(width, height), layout="constrained").add_subplot()
     axes.set(title="\n".join(textwrap.wrap(title, int(10.2 * WIDTH))), xlabel=x, ylabel=y)
     return axes
-
-
-def _with_method(cells: pd.DataFrame) -> pd.DataFrame:
-    return cells if METHOD in cells else cells.assign(**{METHOD: "lora"})  # one was tried
 
 
 def _styles(cells: pd.DataFrame) -> list[dict[str, Any]]:

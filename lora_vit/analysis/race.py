@@ -49,12 +49,6 @@ class Rules:
         """The rules of a race as ``sweep.json`` has them, where ``margin`` is in points."""
         return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"], len(plan.get("margins", "1")))
 
-    def __post_init__(self) -> None:
-        if not self.margin > 0:
-            raise ValueError(f"a race's margin must be above 0, not {self.margin}")
-        if not 2 <= self.first_seeds <= self.most_seeds:
-            raise ValueError(f"a race needs 2 <= first_seeds <= most_seeds, not {self.first_seeds}, {self.most_seeds}")
-
     def looks(self) -> Iterator[int]:
         """The numbers of seeds at which a race decides."""
         r = self.first_seeds
@@ -78,7 +72,6 @@ class Race:
     rules: Rules
     y: np.ndarray  # [m, S] accuracies (NaN: none): row i is the cell cells[i], column n the seed first + n
     failed: np.ndarray  # [m, S] trials that failed
-    half: np.ndarray  # [m, m] t * se of a pair when last judged
     hidden: np.ndarray  # [m, m] z * tau: what the pictures may hide of a pair
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
@@ -144,7 +137,7 @@ def decide(
 ) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there, m, share = np.isfinite(y), len(y), ALPHA
-    race = Race(rules, y, failed, np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
+    race = Race(rules, y, failed, np.zeros((m, m)), list(range(m)))
     for look, r in enumerate(rules.looks()):
         known = (there | failed)[race.survivors, :r]
         if known.shape[1] < r or not known.all():
@@ -172,8 +165,8 @@ def _eliminate(race: Race, share: float, resolution: float) -> bool:
     if len(alive) < 2:
         return False
     pairs, y, apart = np.ix_(alive, alive), race.y[alive, : race.seeds], ~np.eye(len(alive), dtype=bool)
-    race.half[pairs] = half_width(y, share, resolution)
-    width = np.maximum(0.0, np.hypot(race.half[pairs], race.hidden[pairs]) - race.rules.margin)
+    half = half_width(y, share, resolution)
+    width = np.maximum(0.0, np.hypot(half, race.hidden[pairs]) - race.rules.margin)
     race.bars.setdefault(race.seeds, (width[apart].min(), width[apart].max()))
     room = np.where(apart, width - (y.mean(1) - y.mean(1)[:, None]), np.inf)
     out = (room < -1e-12).any(1)

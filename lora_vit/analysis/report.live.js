@@ -35,19 +35,20 @@
     } else node.scrollTo(was[0], was[1]);
   }
 
+  function again(took) { setTimeout(look, Math.max(EVERY, 10 * took)); }
+
   function look() {
     var asked = Date.now();
-    function again() { setTimeout(look, Math.max(EVERY, 10 * (Date.now() - asked))); }
     fetch(location.href, { cache: "no-store" }).then(function (answer) { return answer.text(); }).then(function (text) {
       var newer = new DOMParser().parseFromString(text, "text/html").getElementById("live");
-      if (newer.textContent === line.textContent || !getSelection().isCollapsed) return again();
-      var kept = { place: [scrollX, scrollY], nodes: {} };
+      if (newer.textContent === line.textContent || !getSelection().isCollapsed) return again(Date.now() - asked);
+      var kept = { took: Date.now() - asked, place: [scrollX, scrollY], nodes: {} };
       all(KEPT).forEach(function (node) { kept.nodes[key(node)] = state(node); });
       sessionStorage.setItem("live", JSON.stringify(kept));
       location.reload();
     }).catch(function () {
       line.textContent = line.textContent.replace(/( \(no answer: .*)?$/, " (no answer: has --serve ended?)");
-      again();
+      again(Date.now() - asked);
     });
   }
 
@@ -56,6 +57,6 @@
     sessionStorage.removeItem("live");
     all(KEPT).forEach(function (node) { if (kept.nodes && key(node) in kept.nodes) restore(node, kept.nodes[key(node)]); });
     if (kept.place) scrollTo(kept.place[0], kept.place[1]);
-    if (line.dataset.ended === "False") setTimeout(look, EVERY);
+    if (line.dataset.ended === "False") again(kept.took || 0);
   });
 })();

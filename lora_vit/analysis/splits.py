@@ -17,7 +17,7 @@ def grouped(trials: pd.DataFrame) -> tuple[pd.DataFrame, float, list[str]]:
     """
     cells = trials.sort_values("data.split_seed").drop_duplicates("cell").set_index("cell", drop=False)
     same = [cells[c].map(str) for c in IDENTITY if c in cells and c != "data.split_seed"]
-    first = cells["cell"].groupby([*same, cells["cell"].map(lambda cell: cell.partition("@")[2])]).transform("first")
+    first = cells["cell"].groupby(same).transform("first")
     together = trials.assign(cell=trials["cell"].map(first), split=trials["data.split_seed"])
     done = together[together["status"] == "completed"]
     splits = done.groupby("cell")[["split", "data.fingerprint"]].nunique().min(axis=1)
@@ -26,7 +26,7 @@ def grouped(trials: pd.DataFrame) -> tuple[pd.DataFrame, float, list[str]]:
         return trials, 0.0, []
     counts = splits, done.groupby(["cell", "split"])["seed"].nunique()
     n, each = (" to ".join(map(str, sorted({x.min(), x.max()}))) for x in counts)
-    text = (f"{n} splits of the data, {each} seeds in each, of which the mean counts: what is said of seeds is said of "
-            "splits, and claims are about other splits of such data. As splits overlap, these are worth "
+    text = (f"{n} splits of the data, {each} seeds in each. The seeds of a split are averaged into one value. Claims "
+            "compare these values, so they hold for other splits of such data. Splits overlap: these are worth "
             f"{1 / (1 / splits.max() + overlap):.2g} independent ones (val / train: {overlap:.2g}).")  # fmt: skip
     return together, overlap, [text]

@@ -23,7 +23,6 @@ from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.config.rules import one_of
 from lora_vit.metrics import LOSSES, METRICS
-from lora_vit.records import SEARCH
 
 ORDER = {mark: i for i, mark in enumerate(("selected", "in", "unresolved", "out", "failed", "not raced"))}
 
@@ -106,11 +105,9 @@ class Summary:
             return self._alone()
         start = f"{best['label']} has the highest val {self.title}"
         if c.best is None:
-            searched = any((Path(folder) / SEARCH).is_file() for folder in self.folders)
-            search = "Run the search's command again: it names the commands that race its best cells over other seeds."
             return (
                 f"{start}, {number(best['mean'])}, but too few cells have two or more seeds to say whether the "
-                f"difference is real. {search if searched else 'Repeat the sweep with seed=0,1,2.'}"
+                "difference is real. Repeat the sweep with seed=0,1,2, or race the best cells (docs/race.md)."
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
         if cells["mark"].isin(["no verdict", "failed", "unstable"]).any():

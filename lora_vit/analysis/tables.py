@@ -9,8 +9,8 @@ import pandas as pd
 from lora_vit.analysis.load import COSTS, FIGURES
 from lora_vit.analysis.questions import chances
 from lora_vit.analysis.stats import Comparison, share_interval, t_interval
-from lora_vit.config import SECTIONS
-from lora_vit.config.names import LR, METHOD, names, preferred, varying
+from lora_vit.config import ADAPTED, SECTIONS
+from lora_vit.config.names import LR, METHOD, names, preferred, short_names, varying
 from lora_vit.metrics import LOSSES
 
 SCALING = "lora.effective_scaling"
@@ -21,16 +21,14 @@ def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The trials with their cell's name as ``label``, and the settings that vary among them."""
     left_out = (*FACTS, *["data.split_seed"] * ("split" in trials))
     columns = [c for c in trials.columns if "." in c and c.split(".")[0] in SECTIONS and c not in left_out]
-    cells = trials.drop_duplicates("cell").set_index("cell")
-    apart = ["sweep"] * bool(cells["sweep"].nunique() > 1 and cells.index.str.contains("@").any())
-    rows: dict[Any, Any] = cells[[*columns, *apart]].to_dict("index")
-    settings = [*varying({c: row[c] for c in columns} for row in rows.values()), *apart]
+    rows: dict[Any, Any] = trials.drop_duplicates("cell").set_index("cell")[columns].to_dict("index")
+    settings = varying(rows.values())
     return trials.assign(label=trials["cell"].map(names(rows, settings))), settings
 
 
 def averaged(trials: pd.DataFrame, value: str = "val_accuracy") -> pd.Series:
-    """Which trials count: completed ones that have the value that is compared."""
-    return (trials["status"] == "completed") & np.isfinite(trials[value].astype(float))
+    """Which trials count: completed ones that have the value that is compared, a fraction."""
+    return (trials["status"] == "completed") & trials[value].astype(float).between(0, 1)
 
 
 def best_cell(cells: pd.DataFrame) -> pd.Series:
@@ -39,12 +37,19 @@ def best_cell(cells: pd.DataFrame) -> pd.Series:
     return (marked if len(marked) else cells).iloc[0]
 
 
-def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
-    """Settings that have effects, the most asked-for first; scaling stands for alpha if that was crossed with rank."""
+def factors(trials: pd.DataFrame, settings: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The trials that settings have effects on, and these, by short names, the most asked-for first.
+
+    Baselines have no rank, and what was cut was not trained at its. Scaling stands for alpha if that was crossed with
+    rank.
+    """
+    adapted = trials[trials[METHOD].isin(ADAPTED)]
     there = {c for c in settings if adapted[c].nunique(dropna=False) > 1}
     if "lora.rank" in there and 1 < adapted[SCALING].nunique() < adapted["lora.alpha"].nunique():
         there = there - {"lora.alpha", "lora.scaling"} | {SCALING}
-    return preferred(sorted(there), [METHOD, "lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
+    first = [METHOD, "lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR]
+    short = short_names(preferred(sorted(there), first))
+    return adapted.rename(columns=short), list(short.values())
 
 
 def matrix(done: pd.DataFrame, value: str = "val_accuracy") -> pd.DataFrame:
@@ -70,7 +75,7 @@ def cells_table(
     ``d_brier`` and the like: that loss minus the best cell's, paired by seed, with its t interval.
     """
     first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
-    frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
+    frame = first[[*dict.fromkeys(["label", *settings, METHOD, *_scaling_shown(first, settings)])]].reset_index()
     if (sweeps := done.groupby("cell")["sweep"].agg(lambda names: ", ".join(sorted({*names})))).nunique() > 1:
         frame["sweep"] = sweeps[values.index].to_numpy()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
@@ -127,7 +132,7 @@ def trials_table(trials: pd.DataFrame, settings: list[str], value: str = "val_ac
     columns = ["trial", "cell", "label", *shown, *["split"] * ("split" in trials), "seed", "status", "epoch"]
     known = [name for name in FIGURES if name.startswith("val") and trials[name].notna().any()]
     columns += dict.fromkeys((value, "val_accuracy", "val_loss", "train_loss", *known))
-    columns += ["trainable_parameters", *COSTS, "error", "folder"]
+    columns += ["trainable_parameters", *COSTS, "started", "error", "folder"]
     score = trials[value].where(trials["status"] == "completed")
     order = trials.assign(_score=score).sort_values(["_score", "trial"], ascending=[False, True]).index
     return trials.loc[order, columns].reset_index(drop=True)

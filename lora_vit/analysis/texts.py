@@ -3,6 +3,7 @@
 import math
 
 import pandas as pd
+from rich.filesize import decimal
 
 NONE = "–"
 
@@ -28,19 +29,14 @@ def points(value: float) -> str:
 
 def count(value: float) -> str:
     """A number in few characters: 1,234 or 85.80 M."""
-    return _scaled(value, "", {" M": 1e6})
+    if not math.isfinite(value):
+        return NONE
+    return f"{value / 1e6:,.2f} M" if value >= 1e6 else f"{value:,.0f}"
 
 
 def size(value: float) -> str:
     """Bytes as kB, MB or GB (powers of 1000)."""
-    return _scaled(value, " B", {" GB": 1e9, " MB": 1e6, " kB": 1e3})
-
-
-def _scaled(value: float, least: str, units: dict[str, float]) -> str:
-    for unit, scale in units.items():
-        if scale <= value < math.inf:
-            return f"{value / scale:,.2f}{unit}"
-    return f"{value:,.0f}{least}" if math.isfinite(value) else NONE
+    return decimal(int(value), precision=2) if math.isfinite(value) else NONE
 
 
 def duration(value: float) -> str:

@@ -68,8 +68,6 @@ def weights_files(weights: str | Path) -> list[Path]:
     if file is None:
         remedy = "fetch them too, with shards (*-of-*) their index"
         raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES[:4])}: {remedy}")
-    if file.name.startswith("adapter"):
-        raise ConfigError(f"model.weights={path} is an adapter: merge it first (lora-vit merge, merge_and_unload)")
     if file.suffix != ".json":
         return [file]
     try:

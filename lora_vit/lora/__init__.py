@@ -5,32 +5,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
-
-def _import_torchvision() -> None:
-    """Import torchvision without torch's compiler, whose own import takes a third of the start of a command.
-
-    torchvision wants one function of it, for boxes, and gets one that imports the compiler when it is called; so does
-    everything else that is asked of this module meanwhile.
-    """
-    name = "torch._dynamo.utils"
-    if name in sys.modules:
-        return
-    later: Any = ModuleType(name)
-
-    def of_compiler(attribute: str) -> Any:
-        if attribute.startswith("__"):  # the import system looks for some
-            raise AttributeError(attribute)
-        if sys.modules.get(name) is later:
-            del sys.modules[name]
-        return getattr(importlib.import_module(name), attribute)
-
-    later.__getattr__ = of_compiler
-    later.is_compile_supported = lambda device_type: of_compiler("is_compile_supported")(device_type)
-    sys.modules[name] = later
+# torchvision wants one function of torch's compiler, whose own import takes a third of the start of a command: it gets
+# one that imports the compiler when it is called.
+_COMPILER = "torch._dynamo.utils"
+if _COMPILER not in sys.modules:
+    _later: Any = ModuleType(_COMPILER)
+    _later.is_compile_supported = lambda device: importlib.import_module(_COMPILER).is_compile_supported(device)
+    sys.modules[_COMPILER] = _later
     import torchvision  # noqa: F401
 
-    if sys.modules.get(name) is later:
-        del sys.modules[name]
-
-
-_import_torchvision()
+    del sys.modules[_COMPILER]

@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import urllib.error
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,6 @@ from lora_vit.models.names import PATCHES, describe, translate
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
 WRAPPERS = ("state", "model", "teacher", "target", "net", "module", "ema", "student", "online")
 """What training scripts call the model in their files, alone or beside other words: of several, the first is taken."""
-ARCHIVES = {  # of zip archives that hold weights in another form: a member's name, and what the archive is
-    r"/code/|/archive_format$": "a program: save torch.jit.load(FILE)'s or torch.export.load(FILE)'s state_dict",
-    r"\.npy$": "NumPy's: save timm.create_model(NAME, checkpoint_path=FILE).state_dict() if it is Google's",
-    r"\.(?:safetensors|bin|pth?)$": "a zip archive: save the file of weights that is in it",
-}
 
 
 def fetch_weights(m: ModelConfig, download: bool = False) -> None:
@@ -166,12 +160,7 @@ def _is_safetensors(path: Path) -> bool:
         first = file.read(64)
     if first[8:9] == b"{":
         return True
-    if zipfile.is_zipfile(path):
-        names = "\n".join(zipfile.ZipFile(path).namelist())
-        for member, what in ARCHIVES.items():
-            if re.search(member, names, re.MULTILINE):
-                raise ConfigError(f"model.weights={path} is {what}, and give that")
-    elif not first.startswith((b"PK", b"\x80")):
+    if not first.startswith((b"PK", b"\x80")):
         what = f"model.weights={path} is neither a PyTorch nor a safetensors file"
         raise ConfigError(f"{what}: give the weights themselves, not a web page or a pointer of Git LFS")
     return False
@@ -193,7 +182,7 @@ def _read_file(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
+        held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, a program or another archive"
         raise ConfigError(f"model.weights={path} {held}: get it again, or save model.state_dict()") from None
 
 

@@ -30,21 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.serve is not None:
-        if args.folder is not None:
-            raise ConfigError(f"{args.sweep} {args.folder} --serve: give --serve with a sweep's name alone")
+    if args.folder is None and args.serve is None:
+        return show(find(args.sweep))
+    if args.folder is None:
         from lora_vit.sweep.serve import serve  # imports pandas and matplotlib
 
         serve(find(args.sweep), args.serve)
-    if args.folder is None:
-        return show(find(args.sweep))
-    if args.sweep != "work":
-        raise ConfigError(f"{args.sweep} {args.folder}: give one sweep, or `work FOLDER`")
-    if args.folder == "-":
+    elif args.sweep != "work" or args.serve is not None:
+        raise ConfigError(f"{args.sweep} {args.folder}: give one sweep (--serve goes with it alone), or `work FOLDER`")
+    elif args.folder == "-":
         return work_for_command()
-    from lora_vit.sweep.worker import work  # imports torch
+    else:
+        from lora_vit.sweep.worker import work  # imports torch
 
-    work(named(args.folder))
+        work(named(args.folder))
     return 0
 
 

@@ -198,12 +198,10 @@ def _read(path: Path) -> str:
 
 
 def _sign_of_life(path: Path) -> tuple[int, dict[str, Any]]:
-    """A file's time as of its opening (a file server then asks its disk), and what it says; 0 and {} if absent."""
+    """A file's time and what it says; 0 and {} if absent, {} alone if it is not ours to read."""
     sign, values = 0, None
-    with contextlib.suppress(OSError, ValueError), path.open() as file:
-        sign = os.fstat(file.fileno()).st_mtime_ns
+    with contextlib.suppress(OSError, ValueError), path.open() as file:  # first: a file server then asks its disk
         values = json.load(file)
-    if not sign:
-        with contextlib.suppress(OSError):  # there, and not ours to read
-            sign = path.stat().st_mtime_ns
+    with contextlib.suppress(OSError):
+        sign = path.stat().st_mtime_ns
     return sign, values if isinstance(values, dict) else {}

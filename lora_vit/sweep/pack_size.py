@@ -103,7 +103,7 @@ class PackSizes:
         return found
 
     def _kind(self, group: Group) -> str:
-        accelerator = group.trials[0].config.trainer.accelerator  # a GPU in vain is told where it is to train
+        accelerator = group.trials[0].config.trainer.accelerator  # that no GPU is there is refused where it would train
         device = choose_device("auto" if accelerator == "gpu" else accelerator)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
@@ -145,16 +145,15 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
     # the costliest trials of a seed first, so that no size is measured with cheaper ones than another
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
-    memory: dict[int, int] = {}
-    best, size, misses = 1, 1, 0
+    best, size, misses, held = 1, 1, 0, 0
     images = torch.cuda.memory_allocated(setup.device) if setup.device.type == "cuda" else 0  # held once
     while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
-        if memory and 2 * max(memory.values()) - images > MEMORY_SHARE * attainable_memory(setup.device, workers):
+        if 2 * held - images > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
         try:
             with computing(setup.device, configs[0].trainer.deterministic):
-                seconds[size], memory[size] = measure(configs[:size], setup, stop)
+                seconds[size], held = measure(configs[:size], setup, stop)
         except Exception as error:
             if size == 1 or not out_of_memory(error):
                 raise
@@ -166,10 +165,8 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
         size *= 2
     return {
         "size": best,
-        "beside_load": setup.device.type == "cpu" and psutil.getloadavg()[0] > (psutil.cpu_count() or 1),
         "limited_by_trials": LARGEST >= size > len(configs) and misses < MOST_MISSES,
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
-        "memory_bytes": {str(k): v for k, v in memory.items()},
     }
 
 

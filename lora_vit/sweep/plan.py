@@ -9,8 +9,7 @@ import json
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ class Request:
     race: dict[str, Any] | None = None  # its rules and cells
     metric: str = "accuracy"  # that its trials are compared by
     workers: int = 1
-    ended: Callable[[Trial, State], None] = lambda trial, state: None  # called for each that ends while we watch
 
 
 class Sweep:
@@ -66,21 +64,20 @@ class Sweep:
         """Read the plan again if another process has changed it."""
         path = self.folder / PLAN
         try:
-            with path.open(encoding="utf-8") as file:
+            with path.open("rb") as file:
                 stat = os.fstat(file.fileno())  # after opening: a file server then asks its disk
                 version: tuple[int, ...] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
                 if version == self._version:
                     return
-                plan = json.load(file)
+                text = file.read()
         except FileNotFoundError:
-            plan, version = _empty(), ()
+            text, version = json.dumps(_empty()).encode(), ()
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}): give another sweep.name") from None
-        except ValueError as error:
-            raise ConfigError(f"{path} is not complete JSON ({error}): remove it, the records stay") from None
-        if (schema := plan.get("schema") if isinstance(plan, dict) else None) != PLAN_SCHEMA:
-            raise ConfigError(f"{path} has version {schema}: remove it, the records stay, and give the command again")
         try:
+            plan = json.loads(text)
+            if plan["schema"] != PLAN_SCHEMA:
+                raise ValueError(f"it has version {plan['schema']}")
             for name, v in plan["trials"].items():
                 if name not in self._parsed or self._parsed[name][0] != v:
                     self._parsed[name] = v, Trial(from_dict(v["config"]), v["overrides"], v["label"], v["board"])
@@ -92,7 +89,8 @@ class Sweep:
             self.planned = [trial for batch in self.batches for trial in batch]
             self.options = SweepConfig(**plan["options"])  # of the newest command, as are race and search
         except (LookupError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
+            remedy = "remove it, the records stay, and give the sweep's command again"
+            raise ConfigError(f"{path} is no plan of this version ({error!r}): {remedy}") from None
         self.plan, self.trials, self._version = plan, trials, version
         self.race, self.search, self.metric = plan["race"], plan["search"], plan.get("metric", "accuracy")
 
@@ -128,10 +126,8 @@ class Sweep:
             first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]
             earlier = [[name for name in batch if name in is_open and name not in now] for batch in plan["batches"]]
             plan.update({key: getattr(request, key) for key in ("command", "workers", "hydra", "race", "search")})
-            # what was measured beside other load holds for that command alone
-            sizes = {kind: of for kind, of in plan["pack_sizes"].items() if not of.get("beside_load")}
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
-                        metric=request.metric, pack_sizes=sizes, version=__version__)  # fmt: skip
+                        metric=request.metric, version=__version__)  # fmt: skip
 
     def _note_look(self, request: Request, is_open: set[str]) -> None:
         """Note what had ended when its cells get more seeds, or a race another margin: claims count such looks."""
@@ -165,7 +161,7 @@ class Sweep:
 
 
 def _empty() -> dict[str, Any]:
-    return {"schema": PLAN_SCHEMA, "created": time.time(), "version": None, "command": None, "hydra": "", "workers": 1,
+    return {"schema": PLAN_SCHEMA, "version": None, "command": None, "hydra": "", "workers": 1,
             "options": dict.fromkeys(SweepConfig.__annotations__), "race": None, "search": None, "trials": {},
             "batches": [], "pack_sizes": {}}  # fmt: skip
 

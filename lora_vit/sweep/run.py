@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
@@ -20,7 +19,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import HELD, Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, Source, source_of
+from lora_vit.sweep.source import Source, source_of
 from lora_vit.sweep.trial import Trial, make_groups, without_seed
 from lora_vit.sweep.view import SHOWN, View, header, print_summary, trial_row, value_of
 from lora_vit.terminal import from_here, make_console, print_table
@@ -144,16 +143,14 @@ def follow(source: Source, engine: Engine, view: View, request: Request) -> bool
                 alive, news = engine.look()  # before the trials, or workers that have just ended seem to be missing
                 for text in news:
                     view.say(text)
-                for trial, state in view.look():
-                    request.ended(trial, state)
-                    tries = 0
+                tries = 0 if view.look() else tries
                 if not view.open():
                     if source.extend() or view.open():  # we, or a worker meanwhile
                         continue
                     break
                 if stop.signum:
                     _end(engine, view, stop)
-                missing = min(request.workers - alive, view.free() - max(0, alive - view.busy()))  # the idle take some
+                missing = min(request.workers - alive, view.missing(alive))
                 if missing > 0 and tries < TRIES:
                     tries += 1
                     view.say(engine.start(missing))
@@ -206,8 +203,8 @@ def finish(sweep: Sweep, trials: Sequence[Trial], request: Request) -> dict[str,
     for name, why in lost.items():
         console.print(f"note: the tracker {name} has failed ({why}): lora-vit track {where} --to {name} fills it")
     if failed:
-        retry = not request.options.retry_failed and any(row[2] == "failed" for row in failed)
-        again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
+        can_retry = not request.options.retry_failed and any(row[2] == "failed" for row in failed)
+        again = "; sweep.retry_failed=true tries the failed ones again" * can_retry
         raise TrialFailed(f"{len(failed)} of {len(trials)} trials did not complete{again}")
     return values
 
@@ -225,27 +222,19 @@ def print_races(console: Console, sweep: Sweep, values: dict[str, float]) -> Non
 
 
 def print_plan(sweep: Sweep, request: Request) -> None:
-    """What ``sweep.dry_run=false`` would train: its packs, and what is known from measured ones."""
+    """What ``sweep.dry_run=false`` would train: its packs, and their sizes where they have been measured."""
     console, trials, pack_size = make_console(), request.trials, request.options.pack_size
     if request.race is not None:
-        sweep.race, sweep.metric = request.race, request.metric
-        sweep.trials = {**sweep.trials, **{t.trial_id: t for t in trials}}
-        source = RaceSource(sweep)
-        k, rules = len(trials), source.race.rules
-        console.print(f"a race of {k} cells takes at least {k * rules.first_seeds} trials, at most "
-                      f"{k * rules.most_seeds}; {len(source.ended)} have ended", markup=False)  # fmt: skip
-        trials = source.wanted()
+        least, most, first = (request.race[key] for key in ("first_seeds", "most_seeds", "seed"))
+        k, trials = len(trials), [trial.with_seed(first + n) for n in range(least) for trial in trials]
+        console.print(f"a race of {k} cells takes at least {k * least} trials, at most {k * most}")
     open_ones = [trial for trial in trials if not sweep.state_of(trial).ended]
+    sizes = {of["group"]: str(of["size"]) for of in sweep.plan["pack_sizes"].values()}
     rows = []
     for group in make_groups(open_ones):
-        measured = (f for f in sweep.plan["pack_sizes"].values() if f["group"] == group.title)
-        known: dict[str, Any] = next(measured, {"size": "", "seconds_per_trial_epoch": {}})
-        is_alone = group.trials[0].config.lora.trains_trunk
-        size = "1" if is_alone else pack_size if pack_size != "auto" else str(known["size"])
-        seconds = known["seconds_per_trial_epoch"].get(size)
-        epochs = sum(trial.config.trainer.epochs for trial in group.trials)
-        time_in_all = "" if seconds is None else f"{seconds * epochs / request.workers:,.0f} s"
-        rows.append((group.title, str(len(group.trials)), size or "measured at the start", time_in_all))
+        size = sizes.get(group.title, "measured at the start") if pack_size == "auto" else pack_size
+        size = "1" if group.trials[0].config.lora.trains_trunk else size
+        rows.append((group.title, str(len(group.trials)), size))
     console.print(f"plan of {sweep.folder}: {len(trials)} trials, {len(trials) - len(open_ones)} of them finished; "
                   f"{request.workers} workers", markup=False)  # fmt: skip
-    print_table(console, "", ("trials that share a backbone", "trials", "pack size", "steps, as measured here"), rows)
+    print_table(console, "", ("trials that share a backbone", "trials", "pack size"), rows)

@@ -1,4 +1,4 @@
-"""``lora-vit sweep NAME --serve``: the page of a sweep while it runs, made from its records when somebody asks for it.
+"""``lora-vit sweep NAME --serve``: the page of a sweep while it runs, made from its records when a browser asks.
 
 This machine alone is answered, and only under its own names, so that no other site's name leads here. Files are read,
 none is served or written.
@@ -10,7 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from lora_vit.analysis import summarize
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.export import html_report, page
 from lora_vit.analysis.plots import render
 from lora_vit.errors import ConfigError, UserError, line_of
@@ -21,7 +21,7 @@ from lora_vit.terminal import from_here
 
 
 def newest(sweep: Sweep) -> str:
-    """The page, made anew if plan or records have changed, and every five minutes: silence says something too."""
+    """The page, made again if plan or records have changed, and every five minutes: so a silent worker is shown."""
     files = [*sweep.folder.glob(PLAN), *sweep.folder.glob(f"*/{RECORD}")]
     return make_page(sweep, (len(files), sum(file.stat().st_mtime_ns for file in files), time.monotonic() // 300))
 
@@ -44,7 +44,7 @@ def make_page(sweep: Sweep, stand: tuple[float, ...]) -> str:
         rows = [row for _, row in states]
         return page("waiting", title=sweep.folder.name, live=live, header=header(sweep.metric), rows=rows)
     pictures = {name: render(figure, "svg") for name, figure in summary.figures.items()}
-    return html_report(summary, pictures, f"python -m lora_vit.summarize {from_here(sweep.folder)}", live)
+    return html_report(summary, pictures, f"lora-vit summarize {from_here(sweep.folder)}", live)
 
 
 def serve(folder: Path, port: int) -> None:

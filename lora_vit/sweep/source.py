@@ -41,10 +41,7 @@ def source_of(sweep: Sweep) -> Source:
 class RaceSource(Source):
     """A sweep with ``sweep.margin``: cells get more seeds until one is left."""
 
-    def __init__(self, sweep: Sweep):
-        super().__init__(sweep)
-        self._plan: Any = None
-        self.look()
+    _plan: Any = None
 
     def look(self) -> None:
         """Read the records of the trials that were asked for, and decide."""
@@ -66,18 +63,16 @@ class RaceSource(Source):
                         self.sums.add(trial.cell_id, seed, self.sweep.folder / name)
         self.race: Race = standing(plan, self.ended.values(), self.sums)
 
-    def wanted(self) -> list[Trial]:
-        places = wanted(self.race, int(self.sweep.plan["workers"]))
-        return [self.cells[cell].with_seed(self.race.first + number) for cell, number in places]
-
     def extend(self) -> bool:
         """Ask for the next seeds of the cells that are in, for as many workers as there are."""
         with self.sweep.changing():
             if self.sweep.race is None:  # another command asks for a fixed sweep
                 return False
             self.look()
+            places = wanted(self.race, int(self.sweep.plan["workers"]))
+            asked = [self.cells[cell].with_seed(self.race.first + number) for cell, number in places]
             queued = {trial.trial_id for trial in self.sweep.planned}
-            return self.sweep.extend([trial for trial in self.wanted() if trial.trial_id not in queued])
+            return self.sweep.extend([trial for trial in asked if trial.trial_id not in queued])
 
 
 class SearchSource(Source):
@@ -113,13 +108,11 @@ class SearchSource(Source):
             raise ConfigError(f"{path} cannot be read ({why}): move it away, no trial is lost") from None
 
     def _tell(self, study: Any) -> dict[str, Any]:
-        """Tell what trials came to; returns the study's trials by the ids of ours."""
+        """Tell what trials came to; returns the study's trials by the ids of ours, but for those suggested again."""
         from optuna.trial import TrialState, create_trial
 
-        def named() -> dict[str, Any]:  # those that were suggested again have no id of ours
-            return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
-
-        for name, theirs in named().items():
+        known = {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
+        for name, theirs in known.items():
             if theirs.state == TrialState.COMPLETE or name not in self.sweep.trials:
                 continue
             if not (state := self.sweep.state_of(self.sweep.trials[name])).ended or state.record is None:
@@ -130,7 +123,7 @@ class SearchSource(Source):
             elif value is not None:  # it had failed, and was tried again
                 study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
                                              user_attrs=theirs.user_attrs))  # fmt: skip
-        return named()
+        return known
 
     def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
         import optuna
@@ -150,7 +143,7 @@ class SearchSource(Source):
                 study.tell(theirs, state=optuna.trial.TrialState.FAIL)
                 continue
             if trial.trial_id in {**known, **new}:
-                value = getattr(known.get(trial.trial_id), "value", None)
+                value = value_of(self.sweep.state_of(trial), self.sweep.metric)
                 study.tell(theirs, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
                 continue
             theirs.set_user_attr("trial_id", trial.trial_id)

@@ -18,7 +18,8 @@ SHOWN = 30  # rows of a table at the end of a command
 
 def print_summary(console: Console, sweep: Sweep) -> None:
     """The cells and the verdict as ``summarize`` has them; nothing before a trial is completed."""
-    from lora_vit.analysis import export, summarize  # imports pandas
+    from lora_vit.analysis import export  # imports pandas
+    from lora_vit.analysis.core import summarize
 
     with contextlib.suppress(RecordError):
         export.terminal(summarize(sweep.folder, metric=sweep.metric), console, SHOWN)
@@ -106,12 +107,11 @@ class View:
     def running(self) -> list[str]:
         return [name for name in self.trials if name not in self.ended and self.claims.state(name) == HELD]
 
-    def free(self) -> int:
-        return len(self.trials) - len(self.ended) - len(self.running())
-
-    def busy(self) -> int:
-        """Processes that have a trial."""
-        return len({self.claims.token_of(name) for name in self.running()})
+    def missing(self, alive: int) -> int:
+        """Trials for which there is no process: of so many that are ``alive``, the idle ones will take some."""
+        running = self.running()
+        busy = {self.claims.token_of(name) for name in running}
+        return len(self.trials) - len(self.ended) - len(running) - max(0, alive - len(busy))
 
     def say(self, text: str) -> None:
         if text:

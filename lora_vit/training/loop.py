@@ -221,13 +221,11 @@ def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
     """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored."""
     with contextlib.ExitStack() as as_before:
         if device.type == "cuda":
-            matmul, cudnn, fill = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
-            name, exact = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)  # from 2.9 on
-            if name == "allow_tf32":  # which forgets one of two ways to be inexact
-                as_before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
+            backends: Any = torch.backends
+            told: Any = [(place, "fp32_precision", "ieee") for place in (backends.cuda.matmul, backends.cudnn.conv)]
             if deterministic:  # else attention's backward adds in the order in which its blocks happen to end
-                told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor
+                # it would be a pass over each new tensor
+                told.append((torch.utils.deterministic, "fill_uninitialized_memory", False))
                 mode = torch.get_deterministic_debug_mode()
                 as_before.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
                 torch.use_deterministic_algorithms(True)  # also of compiled models
@@ -260,7 +258,6 @@ def complete(pack: Pack) -> list[TrialRun]:
     """Test the trials whose epochs are all trained, write their results, and mark them completed; returns them."""
     if not (finished := [(k, trial) for k, trial in enumerate(pack.trials) if trial.done()]):
         return []
-    assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in finished:
         own = {name: predictions[k] for name, predictions in splits.items()}

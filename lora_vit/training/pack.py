@@ -271,11 +271,6 @@ class Pack:
             views[f"{self.model.head.name}.{leaf}"] = row.pop(f"head.{leaf}")
         return views | {name.removeprefix("trunk."): view for name, view in row.items()}
 
-    def padding_is_zero(self) -> bool:
-        """Whether padded ranks are still exactly zero: they get no gradient."""
-        own = [(row, self._views(k, row).values()) for k, row in enumerate(self.flat.values_KP.cpu())]
-        return all(row.count_nonzero() == sum(view.count_nonzero() for view in views) for row, views in own)
-
     def parameter_counts(self, k: int) -> dict[str, int]:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""
         sizes = {name: view.numel() for name, view in self._views(k, self.flat.values_KP[k]).items()}

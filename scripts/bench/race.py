@@ -31,9 +31,10 @@ import numpy as np
 import pandas as pd
 from common import machine, report
 
-from lora_vit.analysis import Summary, summarize
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.race import Rules, decide
 from lora_vit.analysis.stats import dunnett_critical
+from lora_vit.analysis.summary import Summary
 
 CELLS, MARGIN, IMAGES = 30, 0.005, 10_000
 

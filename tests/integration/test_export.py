@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import train_together, trial_config
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from plain_models import SIZES, images, plain_model, randomised, register_small, timm_config, trials_logits
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -114,7 +114,7 @@ def test_an_export_gives_the_trials_logits(kind, form, trial_of, tmp_path, call)
     assert str(tmp_path / "out") in out
     expected = trials_logits(folder, images(side))
     # each product is rounded in another order
-    torch.testing.assert_close(interop.opened(form, tmp_path / "out")[0](images(side)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(interop.opened(form, tmp_path / "out")(images(side)), expected, rtol=1e-4, atol=1e-4)
     without = plain_model(folder)
     head = load_file(folder / "adapter.safetensors")
     put_head(without, head)
@@ -174,13 +174,44 @@ def test_class_names_and_preprocessing_travel(cropped, trial, tmp_path, call, mo
     assert dict(zip(model.pretrained_cfg["label_names"], p.tolist(), strict=True)) == pytest.approx(expected, abs=0.02)
 
 
+def pictures(side: int, folder: Path) -> dict[str, Path]:
+    """Picture files by kind: noise of coarse grains, as photos have shapes, and of fine ones."""
+    noise = np.random.default_rng(0).random((side, 3 * side, 4), np.float32)
+    image = Image.fromarray((255 * noise).astype(np.uint8))
+    coarse = [image.resize((3 * n, n)).resize(image.size, Image.Resampling.NEAREST) for n in (4, 16)]
+    image = Image.fromarray(np.mean([*coarse, image], 0).astype(np.uint8))
+    rgb = image.convert("RGB")
+    kinds = {"wide": rgb, "small": rgb.crop((0, 0, side // 2, side // 2)), "sideways": rgb.copy(),
+             "grey": rgb.convert("L"), "transparent": image}  # fmt: skip
+    kinds["sideways"].getexif()[ExifTags.Base.Orientation] = 6
+    kinds["deep"] = Image.fromarray(np.asarray(kinds["grey"], np.float32) * 16)
+    files = {kind: folder / f"{kind}.{'tiff' if kind == 'deep' else 'png'}" for kind in kinds}
+    for kind, file in files.items():
+        kinds[kind].save(file, exif=kinds[kind].getexif())
+    return files
+
+
+def reader(place: Path) -> Any:
+    """The other library's own, from a picture's file to float32 [3, S, S]."""
+    import timm
+    from transformers import AutoImageProcessor
+    from transformers.image_utils import load_image
+
+    described = json.loads((place / "config.json").read_text())
+    if "architectures" in described:
+        processor: Any = AutoImageProcessor.from_pretrained(place)
+        return lambda file: processor(load_image(str(file)), return_tensors="np")["pixel_values"][0]
+    transform: Any = timm.data.create_transform(**timm.data.resolve_data_config(described["pretrained_cfg"]))
+    return lambda file: transform(ImageOps.exif_transpose(Image.open(file)).convert("RGB")).numpy()
+
+
 @pytest.mark.parametrize(
     ("form", "changes", "odd"),
     [
         ("hf", {}, "transparent"),
-        ("timm", {}, "transparent"),
+        ("timm", {"decoded_size": None, "background": None}, ""),
         ("peft", {"value_range": [0, 4095]}, "transparent and deep"),
-        ("timm", {"decoded_size": 8}, "wide and small and sideways and grey and transparent"),  # resized twice
+        ("timm", {"decoded_size": 18}, "most"),  # resized twice, as from 256 to 224
         ("torch_export", {"value_range": [0, 4095], "decoded_size": 8}, ""),
     ],
 )
@@ -192,7 +223,16 @@ def test_which_pictures_others_prepare_otherwise_is_said(form, changes, odd, tri
     code, out, err = call("export", trial, "--format", form, "--out", tmp_path / "out")
     assert code == 0, err
     assert re.findall(r"prepares (.*) pictures otherwise", out) == ([odd] if odd else [])
-    assert preprocessing(tmp_path / "out") == Preprocessing.of(card)
+    ours = preprocessing(tmp_path / "out")
+    assert ours == Preprocessing.of(card)
+    if form == "torch_export":
+        return
+    theirs, kinds = reader(tmp_path / "out" / "base" if form == "peft" else tmp_path / "out"), pictures(36, tmp_path)
+    if ours.decoding.value_range is None:
+        del kinds["deep"]
+    # of a normalised pixel, on average: three of 255 levels, where others round once more or resize so
+    found = {kind for kind, file in kinds.items() if np.abs(theirs(file) - ours(file)).mean() > 0.05}
+    assert found == {*odd.split(" and ")} - {""} or (odd == "most" and found >= {"wide", "sideways", "transparent"})
 
 
 def test_peft_adapts_what_the_trial_adapted(tmp_path, call):
@@ -365,7 +405,7 @@ def test_what_is_no_adapter_goes_to_hf_only(setting, tmp_path, call):
     assert all(word in err for word in (f"error: {setting} ", "PEFT", "--format timm or hf"))
     assert not (tmp_path / "peft").exists()
     assert call("export", tmp_path / "0", "--format", "hf", "--out", tmp_path / "hf")[0] == 0
-    found = interop.opened("hf", tmp_path / "hf")[0](images(16))
+    found = interop.opened("hf", tmp_path / "hf")(images(16))
     torch.testing.assert_close(found, trials_logits(tmp_path / "0", images(16)), rtol=1e-4, atol=1e-4)
 
 
@@ -402,7 +442,7 @@ def test_a_model_that_the_other_library_cannot_write_or_read(said, function, tri
 
 def test_nothing_is_kept_of_an_export_that_differs(trial, tmp_path, call, monkeypatch):
     opened = interop.opened
-    monkeypatch.setattr(interop, "opened", lambda *given: (lambda x: opened(*given)[0](x) + 0.1, None))
+    monkeypatch.setattr(interop, "opened", lambda *given: lambda x: opened(*given)(x) + 0.1)
     code, _, err = call("export", trial, "--format", "hf", "--out", tmp_path / "new" / "out")
     assert (code, err) == (1, f"error: {trial}: the export differs by 1.00e-01; nothing written\n")
     assert not list((tmp_path / "new").iterdir())

@@ -127,7 +127,7 @@ def test_groups_of_ones_own_are_found_in_a_folder(tmp_path, monkeypatch):
     for call in (api.compose, api.sweep):
         with pytest.raises(ConfigError, match=r"'experiment/mine' does not exist"):
             call(given)
-        with pytest.raises(ConfigError, match=r"config_dir=none is no folder: give one with groups"):
+        with pytest.warns(UserWarning, match="path=.*none is not available"), pytest.raises(ConfigError, match="'exp"):
             call(given, config_dir="none")
 
 

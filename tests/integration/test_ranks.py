@@ -11,7 +11,8 @@ import torch
 from sweeps import sweep_of, trial_of
 
 from lora_vit import api, cut, trained
-from lora_vit.analysis import plots, summarize
+from lora_vit.analysis import plots
+from lora_vit.analysis.core import summarize
 from lora_vit.config import from_dict, trial_id
 from lora_vit.lora.adapter import read_adapter
 from lora_vit.lora.inject import chosen_places

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from made_up_records import grid, make_sweep
 
-from lora_vit.analysis import summarize
+from lora_vit.analysis.core import summarize
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

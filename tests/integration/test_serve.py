@@ -110,7 +110,7 @@ def test_a_search_and_a_race_end_with_what_they_want(tmp_path, monkeypatch):
     ("given", "said"),
     [
         (["s", "--serve", "99999"], "^--serve 99999: .*: give another one, or none$"),
-        (["work", "s", "--serve"], "^work s --serve: give --serve with a sweep's name alone$"),
+        (["work", "s", "--serve"], "^work s: give one sweep \\(--serve goes with it alone\\), or `work FOLDER`$"),
         (["other", "--serve"], "^other is neither a sweep"),
     ],
 )

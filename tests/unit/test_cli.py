@@ -69,13 +69,6 @@ def test_a_reader_that_has_gone(action, code):
     assert (done.returncode, done.stderr) == (code, "")
 
 
-def test_a_folder_that_has_gone():
-    line = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$0" -c "$1"', sys.executable, script(PRINTS)]
-    done = ended(line)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "is gone (No such file or directory): cd to one that is there" in done.stderr
-
-
 def test_a_clone_that_is_not_installed_says_what_to_do(project_root, tmp_path):
     (tmp_path / "lora_vit").symlink_to(project_root / "lora_vit")
     done = ended([sys.executable, "-S", "-m", "lora_vit.evaluate", "x"], cwd=tmp_path)  # -S: nothing is installed

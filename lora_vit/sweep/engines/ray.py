@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from lora_vit.errors import ConfigError, Interrupted, UserError
+from lora_vit.errors import ConfigError, Interrupted
 from lora_vit.sweep.engines import Engine, into_log
 
 
@@ -21,13 +21,11 @@ def _worker(folder: str) -> int:
     from lora_vit.sweep.worker import work
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray's way to cancel; a command behind & has it ignored
-    with into_log(Path(folder) / ".ray") as path, contextlib.redirect_stderr(sys.stdout):
+    with into_log(Path(folder) / ".ray"), contextlib.redirect_stderr(sys.stdout):
         try:
             work(Path(folder))
         except Interrupted as error:
             return error.exit_code
-        except UserError as error:
-            raise RuntimeError(f"{error} ({path})") from None
     return 0
 
 

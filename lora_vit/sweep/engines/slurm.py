@@ -4,7 +4,6 @@ import contextlib
 import io
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ from lora_vit.sweep.trial import digest
 from lora_vit.sweep.worker import exit_code
 
 
-@dataclass
 class Job(submitit.helpers.Checkpointable):
     """What a job runs. On its time limit or preemption it saves, and submitit queues it again."""
 
-    folder: Path
-
-    def __call__(self) -> int:
-        return exit_code(self.folder)
+    def __call__(self, folder: Path) -> int:
+        return exit_code(folder)
 
 
 class Slurm(Engine):
@@ -53,7 +49,7 @@ class Slurm(Engine):
     def start(self, count: int) -> str:
         try:
             with contextlib.redirect_stderr(io.StringIO()), self.executor.batch():  # one array of jobs
-                jobs = [self.executor.submit(Job(self.folder)) for _ in range(count)]
+                jobs = [self.executor.submit(Job(), self.folder) for _ in range(count)]
         except FailedJobError as error:
             said = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
             raise ConfigError(f"Slurm refuses the workers ({said[-1].strip()}): change engine.*") from None

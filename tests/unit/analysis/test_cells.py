@@ -12,7 +12,7 @@ from made_up_records import make_frame
 from lora_vit.analysis import tables
 from lora_vit.analysis.stats import compare, share_interval
 from lora_vit.analysis.tables import SCALING
-from lora_vit.config.names import LR, METHOD
+from lora_vit.config.names import LR, METHOD, short_names
 
 RANKS = [{"lora__rank": 1}, {"lora__rank": 4}, {"lora__rank": 16}]
 Y = np.array([[0.80, 0.83, 0.81], [0.93, 0.95, 0.94], [0.92, 0.96, 0.93]])
@@ -112,7 +112,10 @@ def test_pareto_front_against_brute_force():
     ],
 )  # fmt: skip
 def test_the_settings_of_the_main_effects(cells, settings, want):
-    assert tables.factors(make_frame(cells, np.full((len(cells), 1), 0.9)), settings) == want
+    of_baseline = {"lora__method": "none", "optimizer__lr": 0.7}
+    frame, found = tables.factors(make_frame([*cells, of_baseline], np.full((len(cells) + 1, 1), 0.9)), settings)
+    assert found == list(short_names(want).values())
+    assert len(frame[found]) == len(cells), "a baseline has none"
 
 
 def test_the_trials_table_is_sorted_with_what_does_not_count_last(by_rank):
@@ -122,7 +125,7 @@ def test_the_trials_table_is_sorted_with_what_does_not_count_last(by_rank):
     assert list(got.columns) == [
         "trial", "cell", "label", "lora.rank", SCALING, "seed", "status", "epoch", "val_accuracy", "val_loss",
         "train_loss", "trainable_parameters", "seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes",
-        "pack_size", "error", "folder",
+        "pack_size", "started", "error", "folder",
     ]  # fmt: skip
     assert got["val_accuracy"].tolist()[:7] == sorted(Y.ravel()[1:8], reverse=True)
     assert set(got["status"][7:]) == {"stopped", "failed"}

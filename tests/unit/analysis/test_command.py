@@ -67,9 +67,9 @@ def test_the_page_names_the_command_that_makes_it_again(sweep, summarize, tmp_pa
     trials = pd.read_csv(tmp_path / "a b" / "trials.csv")
     assert set(trials["lora.rank"]) == {4, 16}
     page = html.unescape((tmp_path / "a b" / "report.html").read_text())
-    (command,) = re.findall(r"python -m lora_vit.summarize (.*)</pre>", page)
+    (command,) = re.findall(r"lora-vit summarize (.*)</pre>", page)
     words = shlex.split(command)
-    assert words == [str(sweep), "--out", "a b", "--where", "rank >= 4", "--margin", "1.5", "--no-plots"]
+    assert words == [str(sweep), "--no-plots", "--where", "rank >= 4", "--margin", "1.5", "--out", "a b"]
     assert "within 1.50" in page
 
 
@@ -78,7 +78,7 @@ def test_the_page_names_the_command_that_makes_it_again(sweep, summarize, tmp_pa
     [
         (["empty"], "no trial in empty"),
         (["SWEEP", "--where", "ranc > 1"], "ranc"),
-        (["SWEEP", "--no-plots", "--out", "SWEEP/file"], "--out"),
+        (["SWEEP", "--no-plots", "--out", "SWEEP/file"], "file cannot be written"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, said, sweep, summarize, tmp_path):
@@ -103,12 +103,12 @@ def test_the_terminal_shows_the_first_rows_and_problems(sweep, summarize):
 def test_pictures_of_an_earlier_summary_are_removed_and_no_file_of_others(sweep, summarize):
     summary = sweep / "summary"
     summary.mkdir()
-    for name in ("heat_rank_lr.png", "pareto_seconds.svg", "cells.svg", "notes.png"):
+    for name in ("by_lr.png", "spectrum.svg", "race.svg", "notes.png"):
         (summary / name).touch()
     summarize(sweep)
     found = {path.name for path in summary.iterdir()}
     assert {"notes.png", "cells.csv", "difference.svg", "by_rank.svg"} <= found
-    assert not {"heat_rank_lr.png", "pareto_seconds.svg", "cells.svg"} & found
+    assert not {"by_lr.png", "spectrum.svg", "race.svg"} & found
     summarize(sweep, "--no-plots")
     assert [path.name for path in summary.glob("*.*g")] == ["notes.png"]
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
-from lora_vit.analysis import export, load, summarize
+from lora_vit.analysis import export
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.load import FIGURES, find_records, load_trials, row
 from lora_vit.config import IDENTITY
 from lora_vit.errors import RecordError
 from lora_vit.records import PLAN, RECORD, TrialRecord
 
 
-def read(record: TrialRecord) -> tuple[dict[str, Any], list[str]]:
-    problems: list[str] = []
-    return row(record, Path("there"), problems), problems
+def read(record: TrialRecord) -> dict[str, Any]:
+    return row(record, Path("there"))
 
 
 def test_records_are_looked_for_two_levels_down_in_order(tmp_path):
@@ -34,13 +34,12 @@ def test_records_are_looked_for_two_levels_down_in_order(tmp_path):
 
 
 def test_a_row_holds_settings_figures_costs_and_facts():
-    assert math.isnan(read(make_record(lora__method="full"))[0]["lora.effective_scaling"])
+    assert math.isnan(read(make_record(lora__method="full"))["lora.effective_scaling"])
     record = make_record(0.9, lora__rank=8, lora__scaling="rslora", seed=3)
     record.metrics["train_loss"] = 7
     record.error = {"message": " loss is bad\nat step", "step": 12}
     record.environment["versions"] = {"torch": "2.11", "a": 1}
-    got, problems = read(record)
-    assert problems == []
+    got = read(record)
     want = {
         "trial": record.trial_id, "cell": record.cell_id, "status": "completed", "seed": 3, "epoch": 5.0,
         "lora.rank": 8, "lora.scaling": "rslora", "lora.targets": "all", "lora.blocks": "all", "model.name": "vit_tiny",
@@ -62,54 +61,22 @@ def test_a_row_holds_settings_figures_costs_and_facts():
 
 
 @pytest.mark.parametrize(
-    ("value", "number", "count", "fact"),
-    [
-        (0, 0.0, 0, 0), (-1, -1.0, None, -1), (2.5, 2.5, None, "2.5"), (True, math.nan, None, True),
-        ("x", math.nan, None, "x"), (None, math.nan, None, None), ([1], math.nan, None, "[1]"),
-        (-1e301, math.nan, None, "-1e+301"), (1e300, 1e300, None, "1e+300"),
-        (2**63, float(2**63), None, 2**63), (2**63 - 1, float(2**63), 2**63 - 1, 2**63 - 1),
-    ],
+    ("value", "number"),
+    [(0, 0.0), (-1, -1.0), (True, math.nan), ("x", math.nan), (None, math.nan), ([1], math.nan), (-1e301, math.nan),
+     (1e300, 1e300), (2**63, float(2**63))],
 )  # fmt: skip
-def test_odd_values_of_costs_counts_and_facts(value, number, count, fact):
+def test_odd_values_of_figures_and_costs(value, number):
     record = make_record()
-    record.cost["seconds"] = record.data["val"] = record.environment["device"] = value
-    record.environment["versions"] = value
-    record.data["fingerprint"] = record.error = None
-    got, _ = read(record)
-    assert got["seconds"] == pytest.approx(number, nan_ok=True)
-    assert (got["data.val"], type(got["data.val"])) == (count, type(count))
-    assert (got["environment.device"], type(got["environment.device"])) == (fact, type(fact))
-    assert (got["error"], got["data.fingerprint"], got["environment.versions"]) == ("", None, "")
+    record.cost["seconds"] = record.metrics["val_loss"] = value
+    record.error = None
+    got = read(record)
+    assert [got["seconds"], got["val_loss"]] == pytest.approx([number, number], nan_ok=True)
+    assert got["error"] == ""
     assert math.isnan(got["error_step"])
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "status", "shown", "said"),
-    [
-        ("val_accuracy", 1.0, "completed", 1.0, None),
-        ("val_accuracy", 0, "completed", 0.0, None),
-        ("val_accuracy", 1.01, "completed", math.nan, "val_accuracy = 1.01 "),
-        ("val_accuracy", -0.1, "failed", math.nan, "val_accuracy = -0.1 "),
-        ("test_accuracy", 90, "completed", math.nan, "test_accuracy = 90.0 "),
-        ("val_accuracy", None, "completed", math.nan, "without val_accuracy"),
-        ("val_accuracy", None, "failed", math.nan, None),
-        ("test_accuracy", None, "completed", math.nan, None),
-        ("val_loss", -3, "completed", -3.0, None),
-        ("test_macro_f1", 1.01, "completed", math.nan, "test_macro_f1 = 1.01 "),
-        ("val_brier", 1.99, "completed", 1.99, None),
-    ],
-)
-def test_figures_that_are_missing_or_impossible(name, value, status, shown, said):
-    record = make_record(status=status)
-    record.metrics[name] = value
-    got, problems = read(record)
-    assert got[name] == pytest.approx(shown, nan_ok=True)
-    assert len(problems) == (said is not None)
-    assert all(said in line and "there/record.json" in line and "taken as missing" in line for line in problems)
-
-
 def test_a_running_trial_without_a_sign_of_life_is_interrupted():
-    assert read(make_record(status="running"))[0]["status"] == "interrupted"
+    assert read(make_record(status="running"))["status"] == "interrupted"
 
 
 def test_of_one_trial_the_last_sign_of_life_counts(tmp_path, monkeypatch):
@@ -126,9 +93,7 @@ def test_of_one_trial_the_last_sign_of_life_counts(tmp_path, monkeypatch):
     assert list(tie.trials["folder"]) == [str(tmp_path / "c" / trial)]  # alive at the same time: the later name
 
 
-def test_trials_are_sorted_by_cell_and_seed_and_a_folder_named_twice_is_read_once(tmp_path, monkeypatch):
-    """A record that is removed after it was found is no problem."""
-    monkeypatch.setattr(load, "find_records", lambda f: [f / "gone", *(p.parent for p in f.glob("*/record.json"))])
+def test_trials_are_sorted_by_cell_and_seed_and_a_folder_named_twice_is_read_once(tmp_path):
     make_sweep(tmp_path, [{"lora__rank": 1}, {"lora__rank": 2}], np.full((2, 3), 0.9))
     loaded = load_trials([tmp_path, str(tmp_path)])
     keys = list(zip(loaded.trials["cell"], loaded.trials["seed"], strict=True))
@@ -137,7 +102,7 @@ def test_trials_are_sorted_by_cell_and_seed_and_a_folder_named_twice_is_read_onc
     assert loaded.problems == []
 
 
-def test_folders_without_a_trial(tmp_path, monkeypatch):
+def test_folders_without_a_trial(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / RECORD).write_text("{")
@@ -148,13 +113,6 @@ def test_folders_without_a_trial(tmp_path, monkeypatch):
     ):
         with pytest.raises(RecordError, match=said):
             load_trials([tmp_path / folder for folder in folders])
-
-    def iterdir(path: Path) -> Any:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", iterdir)
-    with pytest.raises(RecordError, match=f"{tmp_path} cannot be read: Permission denied"):
-        load_trials([str(tmp_path)])
 
 
 RACE = {"margin": 1.0, "first_seeds": 2, "most_seeds": 3, "seed": 0, "cells": ["a"]}
@@ -184,7 +142,7 @@ def test_trials_of_the_plan_that_have_no_record_are_named_with_what_trains_them(
         assert loaded.sweeps == 1
         assert len(loaded.problems) == len(more) // 2
         for line in loaded.problems:
-            assert line.startswith("2 of 4 trials of the sweep have no record (aaaa, bbbb)")
+            assert line.startswith("2 of 4 trials of the sweep have no record; ")
             assert f"python -m lora_vit.sweep work {sweep} " in line
     alone = load_trials([find_records(sweep)[0]])
     assert (alone.sweeps, alone.problems) == (0, []), "of one trial, the others need not be here"
@@ -199,7 +157,7 @@ def test_a_race_is_read_from_the_plan(planned):
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", "{}", *(json.dumps({"trials": {}, "race": race}) for race in (
-        {**RACE, "margin": 0}, {**RACE, "margin": "x"}, {**RACE, "seed": None}, {"margin": 1.0}, "x",
+        {**RACE, "margin": "x"}, {**RACE, "seed": None}, {"margin": 1.0}, "x",
     ))],
 )  # fmt: skip
 def test_a_plan_that_was_edited_is_named(planned, text):
@@ -238,8 +196,7 @@ def edit(folder, key, value):
         ("config.seed", 1, "was edited: its config is"),
         ("trial_id", "x", "was edited: its config is"),
         ("cell_id", "0123456789", "was edited: its config is"),
-        ("started", float("nan"), "'started'"),
-        pytest.param("heartbeat", 10**400, "'heartbeat'", id="huge heartbeat"),
+        ("started", "today", "'started'"),
         ("schema", 99, "has schema 99"),
         ("status", "done", "status 'done'"),
     ],
@@ -253,9 +210,9 @@ def test_a_record_that_was_edited_or_cannot_be_is_named_and_left_out(sweep, key,
     assert len(summary.trials) == 5
 
 
-@pytest.mark.parametrize("value", [pytest.param(10**400, id="huge"), [], {}, "x", float("nan"), -1, None])
-def test_odd_facts_beside_the_metric_break_nothing(sweep, value):
-    for key in ("cost.seconds", "environment.device", "environment.versions", "metrics.epoch"):
+@pytest.mark.parametrize("value", [[], {}, "x", float("nan"), -1, None])
+def test_odd_figures_beside_the_metric_break_nothing(sweep, value):
+    for key in ("cost.seconds", "metrics.epoch"):
         edit(sweep, key, value)
     summary = summarize(sweep)
     assert len(summary.cells) == 3

@@ -11,8 +11,9 @@ import pytest
 from made_up_records import make_race, make_record, make_sweep
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis import stats, summarize
+from lora_vit.analysis import stats
 from lora_vit.analysis.collapses import collapsed
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.stats import compare
 from lora_vit.records import PLAN
 

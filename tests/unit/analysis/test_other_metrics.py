@@ -13,7 +13,8 @@ import pytest
 from made_up_records import FIRST, make_race, make_sweep
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis import export, plots, summarize
+from lora_vit.analysis import export, plots
+from lora_vit.analysis.core import summarize
 from lora_vit.errors import UserError
 from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import PLAN, TrialRecord
@@ -86,8 +87,8 @@ def test_trials_of_an_earlier_version_are_listed_where_they_lack_the_metric(tmp_
     assert order(summarize(sweep)) == [1, 2, 4, 16]
     got = summarize(sweep, metric="macro_f1")
     assert order(got) == [16, 4, 1]
-    assert got.unfinished["reason"].tolist() == ["no val_macro_f1", "no val_macro_f1", "no record"]
-    assert "Not in the averages: 2 without val macro f1, 1 missing (listed under 'Not averaged')." in got.warnings
+    assert got.unfinished["reason"].tolist() == ["no val_macro_f1", "no val_macro_f1"]
+    assert "Not in the averages: 2 no val_macro_f1 (listed under 'Not averaged')." in got.warnings
     old = make_sweep(tmp_path / "old", RANKS, Y, curve=False)
     with pytest.raises(UserError, match="no completed trial with a val_macro_f1"):
         summarize(old, metric="macro_f1")
@@ -145,6 +146,6 @@ def test_the_command(tmp_path, call, monkeypatch):
     assert "rank 16 has the highest val macro-F1" in out
     assert "Test macro-F1 of that cell: 60.87 %" in out
     page = html.unescape((tmp_path / "s/summary/report.html").read_text())
-    assert "python -m lora_vit.summarize s --metric macro_f1 --no-plots" in page
+    assert "lora-vit summarize s --metric macro_f1 --no-plots" in page
     assert {"val_macro_f1", "val_accuracy", "val_ece"} <= set(pd.read_csv(tmp_path / "s/summary/trials.csv"))
     assert call("summarize", "s", "--metric", "ece")[0] == 1

@@ -22,7 +22,8 @@ from matplotlib.text import Text
 from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
-from lora_vit.analysis import export, plots, summarize
+from lora_vit.analysis import export, plots
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.power import Design
 from lora_vit.errors import ConfigError
 from lora_vit.records import PREDICTIONS

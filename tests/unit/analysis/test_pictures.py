@@ -12,7 +12,8 @@ import pytest
 from made_up_records import FIRST, make_race, make_sweep, make_trial
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis import export, summarize
+from lora_vit.analysis import export
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.pictures import Sums, each_adds
 from lora_vit.analysis.power import Design
 from lora_vit.analysis.race import Rules, decide

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from made_up_records import FIRST, make_race, make_record, make_sweep, make_trial
 
-from lora_vit.analysis import export, summarize
+from lora_vit.analysis import export
+from lora_vit.analysis.core import summarize
 from lora_vit.errors import RecordError
 
 RANKS = (1, 2, 4, 8)

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from made_up_records import make_trial
 
-from lora_vit.analysis import plots, summarize
+from lora_vit.analysis import plots
+from lora_vit.analysis.core import summarize
 from lora_vit.records import SEARCH
 
 

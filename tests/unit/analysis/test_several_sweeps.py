@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from made_up_records import FIRST, make_race, make_sweep
 
-from lora_vit.analysis import export, plots, summarize
+from lora_vit.analysis import export
+from lora_vit.analysis.core import summarize
 
 RANKS = [{"lora__rank": 1}, {"lora__rank": 4}]
 Y = np.array([[0.80, 0.81, 0.805], [0.90, 0.915, 0.905]])
@@ -36,31 +37,13 @@ def test_each_cell_says_whose_it_is(tmp_path):
     assert list(summarize(tmp_path, where="sweep == 'plain'").cells["n"]) == [3, 2]
 
 
-def test_a_sweep_that_would_not_be_seen_is_compared(tmp_path):
-    """Last week's trials again, with other code: both stay, told apart by name, with an effect of what changed."""
-    folders = sweeps(tmp_path, ("new", [*RANKS, {"lora__rank": 8}], [*(Y - 0.03), Y[1]]), ("old", RANKS, Y))
-    summary = summarize(folders)
-    assert sorted(summary.cells["label"]) == [
-        "rank 1, sweep new", "rank 1, sweep old", "rank 4, sweep new", "rank 4, sweep old", "rank 8, sweep new",
-    ]  # fmt: skip
-    assert summary.cells.set_index("label")["difference"]["rank 4, sweep new"] == pytest.approx(-0.03)
-    effect = summary.effects.table.set_index("setting").loc["sweep"]
-    assert (effect["level"], effect["against"], effect["effect"]) == ("old", "new", pytest.approx(0.03))
-    assert summary.problems == ["all trials of old are in new too, with other figures: cells are kept apart by sweep"]
-    assert "by_sweep" in plots.draw_all(summary)
-    alone = summarize(folders, where="sweep == 'old'")
-    assert list(alone.cells["label"]) == ["rank 4", "rank 1"]
-
-
 def test_a_copy_counts_once_and_equal_names_are_told_apart(tmp_path):
     same = sweeps(tmp_path, ("a/digits", RANKS, Y), ("b/digits", RANKS, Y))
     summary = summarize(same)
     assert (len(summary.cells), "sweep" in summary.trials) == (2, False)
     assert [": 6 (0 with another val accuracy)" in line for line in summary.problems] == [True]
     make_sweep(same[0], RANKS[:1], Y[:1] + 0.01, curve=False)
-    summary = summarize(same)
-    assert {*summary.cells["sweep"]} == {"a/digits", "b/digits"}
-    assert len(summary.problems) == 1
+    assert {*summarize(same).cells["sweep"]} == {"a/digits", "b/digits"}
 
 
 def test_a_race_whose_trials_are_there_again_is_compared_by_its_first_seeds(tmp_path):
@@ -68,4 +51,4 @@ def test_a_race_whose_trials_are_there_again_is_compared_by_its_first_seeds(tmp_
     assert summarize(tmp_path).race is not None
     make_sweep(tmp_path / "again", RANKS, Y - 0.01, range(FIRST, FIRST + 3), curve=False)
     summary = summarize(tmp_path)
-    assert (summary.race, len(summary.cells), len(summary.trials)) == (None, 4, 12)
+    assert (summary.race, len(summary.cells), len(summary.trials)) == (None, 2, 6)

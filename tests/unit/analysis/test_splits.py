@@ -10,7 +10,7 @@ import pytest
 from made_up_records import IMAGES, make_sweep
 from scipy import stats
 
-from lora_vit.analysis import summarize
+from lora_vit.analysis.core import summarize
 from lora_vit.errors import RecordError
 
 TRAIN = 7200

@@ -25,7 +25,7 @@ from lora_vit.training.trial import TrialRun
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ON_CPU: Any = SimpleNamespace(device=CPU)
-FIGURES = {"limited_by_trials": False, "seconds_per_trial_epoch": {"1": 0.5, "4": 0.25}, "memory_bytes": {"1": 10}}
+FIGURES = {"limited_by_trials": False, "seconds_per_trial_epoch": {"1": 0.5, "4": 0.25}}
 
 
 class Sizes:
@@ -266,9 +266,7 @@ def test_the_figures_behind_a_choice_and_how_packs_are_computed(monkeypatch):
     assert figures == {
         "size": 2,
         "limited_by_trials": True,
-        "beside_load": figures["beside_load"],
         "seconds_per_trial_epoch": {"1": 1.0, "2": 0.12346},
-        "memory_bytes": {"1": 7, "2": 14},
     }
     assert told == [(CPU, True)] * 2, "as packs will train"
 
@@ -279,7 +277,7 @@ def test_images_on_a_gpu_are_held_once_however_many_train(monkeypatch):
     monkeypatch.setattr(measure, "attainable_memory", lambda device, workers: 100)
     monkeypatch.setattr(measure, "measure", lambda configs, *_: (1 / len(configs), 40 + 10 * len(configs)))
     figures = choose_pack_size([plain_trial()] * 8, SimpleNamespace(device=GPU), 1, StopRequest())  # type: ignore
-    assert figures["memory_bytes"] == {"1": 50, "2": 60, "4": 80}
+    assert list(figures["seconds_per_trial_epoch"]) == ["1", "2", "4"]
 
 
 @pytest.mark.parametrize(

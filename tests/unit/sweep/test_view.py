@@ -56,10 +56,11 @@ def watched(tmp_path, monkeypatch) -> Watched:
 def test_trials_wait_run_and_end(watched):
     first, second, third, _ = watched.trials
     assert watched.look() == []
-    assert (watched.running(), watched.view.free()) == ([False] * 4, 4)
+    assert (watched.running(), watched.view.missing(0)) == ([False] * 4, 4)
     watched.take(first, second, third)
     assert watched.look() == []
-    assert (watched.running(), watched.view.free(), watched.view.busy()) == ([True] * 3 + [False], 1, 1)
+    assert watched.running() == [True] * 3 + [False]
+    assert [watched.view.missing(alive) for alive in (0, 1, 2)] == [1, 1, 0], "who is alive and has no trial takes one"
     watched.end(first)
     watched.end(second, "failed", metrics={}, error={"message": "the loss is not finite", "step": 3})
     assert watched.look() == [(first.trial_id, "completed"), (second.trial_id, "failed")]
@@ -77,7 +78,7 @@ def test_what_a_process_gave_back_or_died_with_is_free_again(watched):
     watched.look()
     watched.owner.release(watched.trials[0].trial_id, FREE)
     watched.look()
-    assert (watched.running(), watched.view.free()) == ([False, True, False, False], 3)
+    assert (watched.running(), watched.view.missing(0)) == ([False, True, False, False], 3)
 
 
 def test_a_trial_whose_record_was_removed_is_open_again(watched):
@@ -88,7 +89,7 @@ def test_a_trial_whose_record_was_removed_is_open_again(watched):
     assert watched.look() == []
     watched.look()
     assert claimed(watched.sweep.folder, [trial]) == [FREE]
-    assert watched.view.free() == 4
+    assert watched.view.missing(0) == 4
 
 
 def test_trials_that_a_source_adds_are_watched_too(watched):
@@ -142,7 +143,7 @@ def test_progress_counts_epochs_of_all_and_estimates_by_its_own_speed(watched, m
     lines = [line for line in watched.out.getvalue().splitlines() if line.startswith("sweep: ")]
     assert lines == ["sweep: 3/8 epochs  0/4 trials ended, 2 running",
                      "sweep: 4/8 epochs  2/4 trials ended, 0 running, best 75.00%  about 100 s left"]  # fmt: skip
-    assert view.free() == 2
+    assert view.missing(0) == 2
 
 
 def test_on_a_terminal_a_bar_shows_it(tmp_path, monkeypatch):

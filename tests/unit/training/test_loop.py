@@ -274,10 +274,8 @@ def test_peak_memory_is_the_devices_or_the_processs(platform, unit, monkeypatch)
 def told() -> tuple[object, ...]:
     """How torch is to compute on a GPU."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv if new else torch.backends.cudnn
-    name = "fp32_precision" if new else "allow_tf32"
-    return getattr(matmul, name), getattr(conv, name), torch.get_deterministic_debug_mode(), fill
+    precisions = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    return *precisions, torch.get_deterministic_debug_mode(), fill
 
 
 @pytest.mark.parametrize("users", [("highest", "default"), ("high", "warn"), ("medium", "error")])
@@ -285,7 +283,7 @@ def test_a_gpu_computes_fp32_exactly_and_alike_each_time_and_then_as_before(user
     """Products and convolutions; whatever was set before, also after an error; the CPU's numbers are left alone."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    gpu, exact = torch.device("cuda"), ("ieee",) * 2 if hasattr(torch.backends, "fp32_precision") else (False,) * 2
+    gpu, exact = torch.device("cuda"), ("ieee", "ieee")
     untouched = torch.get_float32_matmul_precision(), torch.get_deterministic_debug_mode()
     try:
         torch.set_float32_matmul_precision(users[0])
