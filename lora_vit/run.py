@@ -20,6 +20,7 @@ from lora_vit.errors import ConfigError, Interrupted, TrialFailed, UserError, on
 from lora_vit.files import remove_empty
 from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
+from lora_vit.training.features import with_features
 from lora_vit.training.loop import RunReporter, train_trials
 from lora_vit.training.trackers import OFF
 from lora_vit.training.trial import TrialRun, lock_folder
@@ -51,7 +52,8 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
             return completed
         with StopRequest() as stop, contextlib.closing(RunReporter()) as reporter:
             check_devices(config.trainer.accelerator, process, held)
-            setup = distributed.on_all(lambda: build_setup(config, process))
+            images = distributed.on_all(lambda: build_setup(config, process))
+            setup = distributed.on_all(lambda: with_features(images, config, stop.heed, process.world_size))
             opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
                                         if process.rank == 0 else None)  # fmt: skip
             standing: Any = distributed.from_main(opened and (opened.record, opened.state))

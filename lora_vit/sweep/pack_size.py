@@ -18,6 +18,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Group, Trial, digest, setup_key
+from lora_vit.training.features import with_features
 from lora_vit.training.loop import computing, peak_memory, reset_peak_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ALL, Setup, TrialRun
@@ -60,12 +61,12 @@ class PackSizes:
         self._setups: dict[str, Setup] = {}  # the last one
 
     def setup_of(self, trial: Trial) -> Setup:
-        """Data and backbone for a trial; the last ones are kept. Raises ConfigError."""
+        """Data and backbone for a trial; the last ones are kept. Raises ConfigError, Interrupted."""
         if (key := setup_key(trial.config)) not in self._setups:
             self._setups.clear()
             free_memory()
             self._setups[key] = build_setup(trial.config, Process())
-        return self._setups[key]
+        return with_features(self._setups[key], trial.config, self.stop.heed, self.workers)
 
     def of(self, group: Group) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
