@@ -20,10 +20,9 @@ _AHEAD = 3  # batches for a GPU that are read before they are asked for, side by
 
 
 class Samples:
-    """The uint8 images of a data set where batches are gathered from: on the GPU if there is room, else mapped."""
+    """The uint8 images of a data set, or features, to gather batches of: on the GPU if there is room, else mapped."""
 
     def __init__(self, data: ImageData, device: torch.device, features: np.ndarray | None = None):
-        """``features``: in the place of the images, laid out as pictures of floats, [N, 1, W, V]."""
         self.device, self.data = device, data
         self._images = images = data.images if features is None else features
         self.labels = torch.from_numpy(data.labels).to(device)

@@ -153,7 +153,6 @@ class PackedViT(nn.Module):
         self._repeat = _Repeat()
         first = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())), len(blocks))
         [*blocks, head][first].register_forward_pre_hook(self._repeat)
-        self._is_probe = first == len(blocks)
         for block in blocks[first:] if recompute else ():
             block.__dict__["forward"] = functools.partial(_recomputed, weakref.ref(block))
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
@@ -166,14 +165,11 @@ class PackedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor, stream_of_trial: Sequence[int]) -> Tensor:
-        """Normalised images [G*B, 3, H, W], stream by stream, and each trial's stream to logits [K, B, C].
-
-        For a linear probe the images may be features already, [G*B, D].
-        """
+        """Normalised images [G*B, 3, H, W], a probe's also as features [G*B, D], to logits [K, B, C]."""
         order = None if list(stream_of_trial) == list(range(self.K)) else stream_of_trial
         self._repeat.order = order
         computed = {name: self.trunk.get_parameter(name).to(images.dtype) for name in self._trained}
-        if not (self._is_probe and images.ndim == 2):
+        if images.ndim > 2:
             images = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
         logits_KBC = self.head(images)
         self._repeat.order = None

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_vit.build import build_setup, choose_device, device_name, hold_gpu, usable_gpus
+from lora_vit.build import build_setup, choose_device, device_name, hold_gpu, usable_gpus, with_features
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, one_line, out_of_memory
@@ -18,7 +18,6 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Group, Trial, digest, setup_key
-from lora_vit.training.features import with_features
 from lora_vit.training.loop import computing, peak_memory, reset_peak_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ALL, Setup, TrialRun
