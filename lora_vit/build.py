@@ -264,7 +264,7 @@ def _features(setup: Setup, config: TrialConfig, heed: Callable[[], None]) -> np
         with writing_to(cache_dir):
             try:
                 kept: Any = np.load(path, mmap_mode="r+")
-            except (OSError, ValueError):  # absent or cut off
+            except (OSError, ValueError):  # absent or damaged
                 path.unlink(missing_ok=True)  # others may have mapped it
                 shape = len(data.labels), 1, shape_of(config.model).width + 1, V
                 kept = np.lib.format.open_memmap(path, "w+", f"i{real.itemsize}", shape)
