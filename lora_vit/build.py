@@ -265,7 +265,6 @@ def _features(setup: Setup, config: TrialConfig, heed: Callable[[], None]) -> np
             try:
                 kept: Any = np.load(path, mmap_mode="r+")
             except (OSError, ValueError):  # absent or damaged
-                path.unlink(missing_ok=True)  # others may have mapped it
                 shape = len(data.labels), 1, shape_of(config.model).width + 1, V
                 kept = np.lib.format.open_memmap(path, "w+", f"i{real.itemsize}", shape)
             free = shutil.disk_usage(cache_dir).free + 512 * path.stat().st_blocks
@@ -273,11 +272,12 @@ def _features(setup: Setup, config: TrialConfig, heed: Callable[[], None]) -> np
                 raise ConfigError(f"{cache_dir} lacks {lacking:,} bytes for features: give another data.cache_dir")
         trunk, total = setup.build_model([config]).trunk.eval(), functools.partial(np.sum, axis=1, dtype=kept.dtype)
         for name, left in data.splits.items():
+            K = 4 if name == "train" else 1  # parts that a CPU's caches hold; else evaluation's, and no mirror images
             while len(left):
                 heed()
-                some = left[: max(1, setup.most_evaluated // 4)]  # a CPU is slower with more, which its caches lack
-                with halving(setup, "most_evaluated", len(some), 4):
-                    lacks_BV = (total(kept[some, 0, :-1]) != ~kept[some, 0, -1])[:, : 1 + (name == "train")]
+                some = left[: max(1, setup.most_evaluated // K)]
+                with halving(setup, "most_evaluated", len(some), K):
+                    lacks_BV = (total(kept[some, 0, :-1]) != ~kept[some, 0, -1])[:, :K]
                     images: Any = setup.samples.gather(some)[0] if lacks_BV.any() else None
                     for v in np.flatnonzero(lacks_BV.any(0)):
                         found = trunk(setup.transform.eval(images.flip(-1) if v else images))

@@ -83,7 +83,7 @@ def test_what_is_there_is_not_computed_again(tmp_path):
     """However that ended. What other splits need is added, what is damaged replaced, and the rest stays as it is."""
     every, few = probe(tmp_path), probe(tmp_path, "data.split_seed=1", "data.train_per_class=5")
     setup, seen = of_images(few)
-    setup.most_evaluated = 32  # four parts at once
+    setup.most_evaluated = 8
     with pytest.raises(StopIteration):
         with_features(setup, few, iter([None, None]).__next__)
     assert seen == [8, 8], "two parts of val"
