@@ -3,28 +3,35 @@
 import contextlib
 import copy
 import functools
+import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.dataset import ImageData, load_data
+from lora_vit.data.files import locked_in, writing_to
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
-from lora_vit.files import locked
+from lora_vit.files import locked, user_path
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name, places_of
 from lora_vit.lora.dropout import DropoutState
@@ -32,7 +39,9 @@ from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, r
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import SHIPPED, check_beside, fetch_weights, load_weights
-from lora_vit.training.pack import class_weights
+from lora_vit.terminal import Progress
+from lora_vit.training.loop import computing
+from lora_vit.training.pack import class_weights, halving
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -214,6 +223,71 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
         "command": " ".join(sys.argv),
     }
     return Setup(factory, samples, transform, device, process, environment, factory.base)
+
+
+def with_features(setup: Setup, config: TrialConfig, heed: Callable[[], None], workers: int = 1) -> Setup:
+    """The setup with features for images, where a trial needs no more of them; else the setup itself.
+
+    What no run has computed is computed now, while others that need it wait: with the threads of all ``workers``, if
+    there are so many cores. ``heed`` is called often, and may raise. Where features cannot be kept, a line says so.
+    """
+    if config.lora.method != "none" or not {*config.data.augmentations()} <= {"none", "flip"}:
+        return setup
+    if setup.of_probes is None:
+        start, threads = time.perf_counter(), torch.get_num_threads()
+        torch.set_num_threads(max(threads, min(cpu_count(), threads * workers * setup.process.world_size)))
+        try:
+            samples = Samples(setup.data, setup.device, _features(setup, config, heed))
+            setup.of_probes = replace(setup, samples=samples, cost={"features_seconds": time.perf_counter() - start})
+        except ConfigError as error:
+            print(f"note: no features are kept, every epoch computes its own ({error})")
+            setup.of_probes = setup
+        finally:
+            torch.set_num_threads(threads)
+    return setup.of_probes
+
+
+@torch.no_grad()
+def _features(setup: Setup, config: TrialConfig, heed: Callable[[], None]) -> np.ndarray:
+    """What the frozen trunk makes of all images that are used, mapped. Raises ConfigError where there is no place.
+
+    [N, 1, W, V]: a sample's W features, and those of its mirror image, are laid out as a picture of one channel that
+    shows them side by side, which mirroring exchanges. The file grows in place and holds the bits of floats: a vector
+    ends with a checksum, without which it is absent or damaged. Shape legend: B sample of a part of them.
+    """
+    data, V, cache_dir = setup.data, 1 + ("flip" in config.data.augmentations()), user_path(config.data.cache_dir)
+    how = setup.environment["precision"], setup.environment["device"], torch.__version__, V, 1  # of the file's format
+    identity = json.dumps([*how, {**setup.base, "weights": None}, data.content, vars(data.decoding)], sort_keys=True)
+    path, real = cache_dir / f"features-{randomness.key(identity):016x}.npy", setup.transform.work_dtype
+    bar = Progress("features", sum(map(len, data.splits.values())))
+    with locked_in(cache_dir, path.name), computing(setup.device, config.trainer.deterministic), bar:
+        with writing_to(cache_dir):
+            try:
+                kept: Any = np.load(path, mmap_mode="r+")
+            except (OSError, ValueError):  # absent or damaged
+                shape = len(data.labels), 1, shape_of(config.model).width + 1, V
+                kept = np.lib.format.open_memmap(path, "w+", f"i{real.itemsize}", shape)
+            free = shutil.disk_usage(cache_dir).free + 512 * path.stat().st_blocks
+            if (lacking := kept[0].nbytes * bar.total - free) > 0:
+                raise ConfigError(f"{cache_dir} lacks {lacking:,} bytes for features: give another data.cache_dir")
+        trunk, total = setup.build_model([config]).trunk.eval(), functools.partial(np.sum, axis=1, dtype=kept.dtype)
+        for name, left in data.splits.items():
+            K = 4 if name == "train" else 1  # parts that a CPU's caches hold; else evaluation's, and no mirror images
+            while len(left):
+                heed()
+                some = left[: max(1, setup.most_evaluated // K)]
+                with halving(setup, "most_evaluated", len(some), K):
+                    lacks_BV = (total(kept[some, 0, :-1]) != ~kept[some, 0, -1])[:, :K]
+                    images: Any = setup.samples.gather(some)[0] if lacks_BV.any() else None
+                    for v in np.flatnonzero(lacks_BV.any(0)):
+                        found = trunk(setup.transform.eval(images.flip(-1) if v else images))
+                        new_B = lacks_BV[:, v]  # others may be reading the rest
+                        new_BW = found.to(real).cpu().numpy().view(kept.dtype)[new_B]
+                        kept[some[new_B], 0, :, v] = np.c_[new_BW, ~total(new_BW)]
+                    bar.advance(len(some))
+                    left = left[len(some) :]
+        kept.flush()
+    return kept[:, :, :-1].view(f"f{real.itemsize}")
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:

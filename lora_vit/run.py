@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import distributed, errors
-from lora_vit.build import build_setup, check_devices, choose_world_size
+from lora_vit.build import build_setup, check_devices, choose_world_size, with_features
 from lora_vit.config import TrialConfig, from_dict, to_dict
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed, UserError, one_line, out_of_memory
 from lora_vit.files import remove_empty
@@ -51,7 +51,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
             return completed
         with StopRequest() as stop, contextlib.closing(RunReporter()) as reporter:
             check_devices(config.trainer.accelerator, process, held)
-            setup = distributed.on_all(lambda: build_setup(config, process))
+            setup = distributed.on_all(lambda: with_features(build_setup(config, process), config, stop.heed))
             opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
                                         if process.rank == 0 else None)  # fmt: skip
             standing: Any = distributed.from_main(opened and (opened.record, opened.state))

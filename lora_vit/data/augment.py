@@ -217,7 +217,9 @@ class Transform:
         return x
 
     def eval(self, images: Tensor, raw: bool = False) -> Tensor:
-        """Resized and normalised (or ``raw``: from 0 to 255, in the arithmetic's dtype), [B, 3, S, S]."""
+        """Resized and normalised (or ``raw``: from 0 to 255, in the arithmetic's dtype), [B, 3, S, S], or [B, W]."""
+        if images.is_floating_point():  # features, of the picture and of its mirror image
+            return images[:, 0, :, 0].to(self.dtype)
         h, w = images.shape[-2:]
         if h == w == self.image_size:
             x = images.to(self.work_dtype)

@@ -20,17 +20,18 @@ _AHEAD = 3  # batches for a GPU that are read before they are asked for, side by
 
 
 class Samples:
-    """The uint8 images of a data set where batches are gathered from: on the GPU if there is room, else mapped."""
+    """The uint8 images of a data set, or features, to gather batches of: on the GPU if there is room, else mapped."""
 
-    def __init__(self, data: ImageData, device: torch.device):
+    def __init__(self, data: ImageData, device: torch.device, features: np.ndarray | None = None):
         self.device, self.data = device, data
+        self._images = images = data.images if features is None else features
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
         self._readers = ThreadPoolExecutor(_AHEAD)
-        if device.type == "cuda" and data.images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.empty(data.images.shape, dtype=torch.uint8, device=device)
-            count = 1 + data.images.nbytes // _PIECE
-            for piece, here in zip(np.array_split(data.images, count), self._resident.tensor_split(count), strict=True):
+        if device.type == "cuda" and images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.empty(images.shape, dtype=getattr(torch, images.dtype.name), device=device)
+            count = 1 + images.nbytes // _PIECE
+            for piece, here in zip(np.array_split(images, count), self._resident.tensor_split(count), strict=True):
                 here.copy_(to_device(np.array(piece), device))
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, Callable[[], tuple[Tensor, Tensor]]]:
@@ -39,9 +40,9 @@ class Samples:
         return ids, self._readers.submit(self.gather, ids).result if is_ahead else functools.partial(self.gather, ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""
+        """Images uint8 [B, 3, h, w], or features, and labels int64 [B], on the device."""
         index = to_device(ids, self.device)
-        images = to_device(self.data.images[ids], self.device) if self._resident is None else self._resident[index]
+        images = to_device(self._images[ids], self.device) if self._resident is None else self._resident[index]
         return images, self.labels[index]
 
 

@@ -165,11 +165,12 @@ class PackedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor, stream_of_trial: Sequence[int]) -> Tensor:
-        """Normalised images [G*B, 3, H, W], stream by stream, and each trial's stream to logits [K, B, C]."""
+        """Normalised images [G*B, 3, H, W], a probe's also as features [G*B, D], to logits [K, B, C]."""
         order = None if list(stream_of_trial) == list(range(self.K)) else stream_of_trial
         self._repeat.order = order
         computed = {name: self.trunk.get_parameter(name).to(images.dtype) for name in self._trained}
-        x = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
-        logits_KBC = self.head(x)
+        if images.ndim > 2:
+            images = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
+        logits_KBC = self.head(images)
         self._repeat.order = None
         return logits_KBC

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_vit.build import build_setup, choose_device, device_name, hold_gpu, usable_gpus
+from lora_vit.build import build_setup, choose_device, device_name, hold_gpu, usable_gpus, with_features
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, one_line, out_of_memory
@@ -60,12 +60,12 @@ class PackSizes:
         self._setups: dict[str, Setup] = {}  # the last one
 
     def setup_of(self, trial: Trial) -> Setup:
-        """Data and backbone for a trial; the last ones are kept. Raises ConfigError."""
+        """Data and backbone for a trial; the last ones are kept. Raises ConfigError, Interrupted."""
         if (key := setup_key(trial.config)) not in self._setups:
             self._setups.clear()
             free_memory()
             self._setups[key] = build_setup(trial.config, Process())
-        return self._setups[key]
+        return with_features(self._setups[key], trial.config, self.stop.heed, self.workers)
 
     def of(self, group: Group) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""

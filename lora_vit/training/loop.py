@@ -81,7 +81,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
     pack = Pack(trials, setup)
     for k, trial in enumerate(trials):
         trial.record.parameters = pack.parameter_counts(k)
-        trial.record.cost["pack_size"] = pack.K
+        trial.record.cost |= {"pack_size": pack.K, **setup.cost}
         trial.write_record()
     reporter.started(pack)
     with repeating(beat, every=30.0), computing(setup.device, trials[0].config.trainer.deterministic):

@@ -57,6 +57,8 @@ class Setup:
     base: dict[str, Any]  # for the adapter's card
     most_evaluated: int = 256  # images of one evaluation step, times trials; halved when memory runs out
     most_trained: int = ALL  # likewise of a pass of a training step, with trainer.micro_batch=auto
+    cost: dict[str, Any] = field(default_factory=dict)  # of what they share, for the record
+    of_probes: "Setup | None" = None  # the same with features for images, once a probe has asked for them
 
     @property
     def data(self) -> ImageData:

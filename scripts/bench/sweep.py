@@ -4,13 +4,15 @@
     python scripts/bench/sweep.py curve [--rounds 5] [--sizes 1,2,4,8]
     python scripts/bench/sweep.py compose [--sizes 24,200,1000]
     python scripts/bench/sweep.py engines [--rounds 1]
+    python scripts/bench/sweep.py probes data.root=DIR [--rounds 1]
 
 ``ways`` runs the 24 trials of ``sweep=quickstart`` as a user would: packed (in as many processes as it takes by
 itself, and in one), by Hydra's basic sweeper, by that one with its joblib launcher (``pip install
 hydra-joblib-launcher``; two processes) and as one process for each trial, taking turns. ``engines`` runs them in two
 workers: local ones, jobs of a Slurm that is there (``scripts/one_node_slurm.sh``) and tasks of a Ray of its own, and as
-one job or task for each trial by Hydra's launchers for these two. ``--only TEXT`` keeps the ways or models whose names
-start with it; overrides (``trainer.epochs=1``) go to every command.
+one job or task for each trial by Hydra's launchers for these two. ``probes`` trains nine linear probes on
+Tiny-ImageNet, from features and (with crops, which have none) through the trunk. ``--only TEXT`` keeps the ways or
+models whose names start with it; overrides (``trainer.epochs=1``) go to every command.
 """
 
 from __future__ import annotations
@@ -92,7 +94,14 @@ def engines(overrides: list[str]) -> dict[str, list[list[str]]]:
     }
 
 
-def in_turns(commands: dict[str, list[list[str]]], rounds: int) -> list[dict[str, Any]]:
+def probes(overrides: list[str]) -> dict[str, list[list[str]]]:
+    """Nine linear probes of five epochs; decoding and features are part of each way."""
+    train = [sys.executable, "-m", "lora_vit.train", "-m", "experiment=tiny_imagenet_cpu", "lora=none"]
+    nine = [*train, "optimizer.lr=1e-3,3e-3,1e-2", "seed=0,1,2", "data.cache_dir=cache", "sweep.name=s", *overrides]
+    return {"from features": [nine], "through the trunk": [[*nine, "data.augment=crop_flip"]]}
+
+
+def in_turns(commands: dict[str, list[list[str]]], rounds: int, trials: int) -> list[dict[str, Any]]:
     """Seconds of each way, command to end, in a folder of its own, one way after the other; compared with the first."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -109,7 +118,7 @@ def in_turns(commands: dict[str, list[list[str]]], rounds: int) -> list[dict[str
             "min s": min(values),
             "median s": statistics.median(values),
             "of the first": statistics.median(a / b for a, b in zip(values, base, strict=True)),
-            "s more a trial": statistics.median((a - b) / TRIALS for a, b in zip(values, base, strict=True)),
+            "s more a trial": statistics.median((a - b) / trials for a, b in zip(values, base, strict=True)),
         }
         for name, values in seconds.items()
     ]
@@ -183,16 +192,17 @@ def composing(counts: list[int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ways", "curve", "compose", "engines"))
+    parser.add_argument("what", choices=("ways", "curve", "compose", "engines", "probes"))
     parser.add_argument("overrides", nargs="*", help="of the sweep's commands")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--sizes", help="of packs (1,2,4,8), or of composed sweeps (24,200,1000)")
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--out", type=Path)
     args = parser.parse_intermixed_args()
-    if args.what in ("ways", "engines"):
-        commands = (ways if args.what == "ways" else engines)(args.overrides)
-        rows = in_turns({k: v for k, v in commands.items() if k.startswith(args.only)}, args.rounds or 1)
+    if made := {"ways": ways, "engines": engines, "probes": probes}.get(args.what):
+        commands = made(args.overrides)
+        trials = 9 if args.what == "probes" else TRIALS
+        rows = in_turns({k: v for k, v in commands.items() if k.startswith(args.only)}, args.rounds or 1, trials)
     elif args.what == "curve":
         rows = curve(args.rounds or 5, [int(k) for k in (args.sizes or "1,2,4,8").split(",")], args.only)
     else:

@@ -66,6 +66,18 @@ def test_two_processes_train_as_one(starter, one_process, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+def test_probes_of_two_processes_read_one_file_of_features(tmp_path):
+    own = ("lora=none", "data.augment=flip", "model.head_dropout=0.3", "data.cache_dir=cache", "hydra.run.dir=run")
+    for count in ("1", "2"):
+        (tmp_path / count).mkdir()
+        run_command(*own, f"trainer.devices={count}", cwd=tmp_path / count)
+    one, two = (read_rows(tmp_path / count / "run/metrics.jsonl") for count in ("1", "2"))
+    for row, other in zip(one, two, strict=True):
+        assert row.pop("kind") == other.pop("kind")
+        assert row == pytest.approx(other, rel=TOLERANCE)
+    assert len([*(tmp_path / "2/cache").glob("features-*")]) == 1
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_all_processes_save_and_end(signum, training, tmp_path):
     training.send_signal(signum)

@@ -20,7 +20,7 @@ def trials(sweep: Path) -> dict[str, Path]:
 
 def test_it_leaves_the_same_trials_for_the_summary(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = ("lora=default,none", "lora.rank=1,2", "seed=3", "trainer.epochs=1")
+    settings = ("lora=default,none", "lora.rank=1,2", "seed=3", "trainer.epochs=1", "data.cache_dir=cache")
     api.sweep([*SMALL, *settings], "packed", workers=1, pack_size=2)
     run_command("-m", "hydra/sweeper=basic", "hydra.sweep.dir=basic", *settings, cwd=tmp_path)
     one, other = trials(tmp_path / "packed"), trials(tmp_path / "basic")

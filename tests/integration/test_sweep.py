@@ -274,18 +274,20 @@ def test_two_commands_share_a_sweep(tmp_path):
 
 
 def test_two_workers_give_the_same_bits_again(tmp_path):
-    """Also of full fine-tuning, which has packs of its own and leaves the others' backbone alone."""
+    """Also of full fine-tuning, which has packs of its own and leaves the others' backbone alone, and of probes."""
     sweeps = [tmp_path / f"outputs/sweeps/{name}" for name in ("first", "second")]
-    own = ("lora=default,none,full", "lora.rank=1,2", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2")
+    cache = f"data.cache_dir={tmp_path}/cache"  # of the features, which all probes share
+    own = ("lora=default,none,full", "lora.rank=1,2", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2", cache)
     for sweep in sweeps:
         assert "[8/8]" in run_command("-m", *own, f"sweep.name={sweep.name}", cwd=tmp_path).stdout
     records = records_of(sweeps[0]).values()
     sizes = {(r.config["lora"]["method"], r.cost["pack_size"]) for r in records}
     assert sizes == {("lora", 2), ("none", 2), ("full", 1)}
+    assert {r.config["lora"]["method"] for r in records if "features_seconds" in r.cost} == {"none"}
     for record in records:
         assert contents(sweeps[0] / record.trial_id) == contents(sweeps[1] / record.trial_id)
     for trial in (("lora=none", "seed=0"), ("lora=full", "seed=1")):
-        record = api.train(trial_config(*trial), tmp_path / trial[0])
+        record = api.train(trial_config(*trial, cache), tmp_path / trial[0])
         assert_equal_trials(sweeps[0] / record.trial_id, tmp_path / trial[0])
 
 

@@ -135,8 +135,8 @@ def test_images_for_a_gpu_are_read_ahead_in_the_same_order(monkeypatch):
         waits()
     assert threading.current_thread() not in threads
     assert sorted(read) == sorted(plain.batch_ids(*at).tolist() for at in (*steps, (1, 2), (1, 3), (1, 4)))
-    monkeypatch.setattr(ahead, "data", None)
-    with pytest.raises(AttributeError):
+    monkeypatch.setattr(ahead, "labels", None)
+    with pytest.raises(TypeError):
         other.batch(1, 5)
 
 
