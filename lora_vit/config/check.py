@@ -1,5 +1,6 @@
 """What settings mean for each other; what each may be stands with its field in :mod:`lora_vit.config.schema`."""
 
+import contextlib
 import math
 import re
 from operator import attrgetter
@@ -58,7 +59,7 @@ def _check_data(d: DataConfig) -> None:
     known = DATASETS[d.name]
     for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
-        if part not in (*known.always, *known.perhaps) and fraction is None:
+        if part not in (*known.always, *known.perhaps) and fraction is None and not (part == "val" and d.val_examples):
             refuse(key, None, f"is impossible: data={d.name} has no {part} images of its own, give a fraction")
     if not (names := d.augmentations()):
         refuse("data.augment", None, "is impossible: give none, or what is to be done")
@@ -68,11 +69,24 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.augment", d.augment, "changes no colour: give one of data.color_jitter_* above 0")
     if d.batch_size == 1 and names[-1] in ("mixup", "cutmix"):
         refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")
+    for one, other in (("val_examples", "val_fraction"), ("train_examples", "train_per_class")):
+        if (value := getattr(d, one)) is not None and (beside := getattr(d, other)) is not None:
+            refuse(f"data.{one}", value, f"and data.{other}={beside} say the same: give one of them, and null for the other")
+    if d.group is not None and known.loader != "table":
+        _check_group(d.group)
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
     if d.value_range is not None and d.value_range[0] >= d.value_range[1]:
         refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
+
+
+def _check_group(group: object) -> None:
+    with contextlib.suppress(re.error, TypeError):  # of a text that is no pattern, and of what is no text
+        if (type(group) is int and group > 0) or re.compile(group).groups == 1:
+            return
+    remedy = r"give a level of folders from 1 up, or a pattern with one pair of parentheses, as '/(patient\d+)_'"
+    refuse("data.group", group, f"is impossible: {remedy}")
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:

@@ -16,7 +16,8 @@ class DataSet(NamedTuple):
     def unread(self) -> list[str]:
         """Settings that have no effect on it."""
         keys = [f"{part}_fraction" for part in self.always] + ["official_val"] * (not self.official_val)
-        return [f"data.{key}" for key in keys + ["cache_size", "background", "value_range"] * self.one_size]
+        keys += ["cache_size", "background", "value_range"] * self.one_size + ["group"] * self.in_package
+        return [f"data.{key}" for key in keys]
 
 
 DATASETS = {

@@ -20,6 +20,7 @@ TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can 
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")  # that make a torchvision ViT
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
+_IMAGES = number("a number of images", "[1, inf)", ", or null for all")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 _CUT = text("(?!)", "is what lora-vit cut writes, the rank that was trained: leave it out")
 _MICRO_BATCH = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number of images from 1 up, auto, or null")
@@ -64,9 +65,13 @@ class DataConfig:
     mixup_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
-    val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
-    test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)", ", or null for no test images"))
-    train_per_class: int | None = field(metadata=number("a number of images", "[1, inf)", ", or null for all"))
+    val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)", ", or null"))
+    val_examples: int | None = field(metadata=_IMAGES | {"as_before": None})  # in all, in place of a fraction
+    test_fraction: float | None = field(metadata=number("a fraction", "[0, 1)", ", or null for those that are there"))
+    train_per_class: int | None = field(metadata=_IMAGES)
+    train_examples: int | None = field(metadata=_IMAGES | {"as_before": None})
+    group: Any = field(metadata={"as_before": None})  # a level of folders, a pattern, a table's column, or None
+    on_broken: str = field(metadata=choice("refuse", "skip") | {"as_before": "refuse"})
     official_val: bool
     cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are
     cache_dir: str = field(metadata=NO_IDENTITY)

@@ -28,6 +28,8 @@ class Wanted:
     cache_dir: Path
     official_val: bool = False
     cache_size: int | None = None
+    group: int | str | None = None
+    on_broken: str = "refuse"
     fetch: bool = field(default=True, compare=False)  # download and read what is not known yet, or else return None
 
 
@@ -44,6 +46,7 @@ class Found:
     digests: np.ndarray | None = None  # sha256 of each image's file, uint8 [N, 32], where there are files
     root: Path | None = None  # that of these files
     names: Sequence[str] = ()  # their paths below it, in the order of the sample ids
+    groups: np.ndarray | None = None  # equal values [N] for images that stay in one part, of a table's column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,8 @@ def _find(config: DataConfig, fetch: bool = True) -> Found | None:
     if not known.in_package and cache_dir.parts[0] == "~":
         raise ConfigError(f"data.cache_dir={cache_dir}: no home folder is known here, give another folder or set HOME")
     size = config.cache_size if known.in_package else None
-    if (wanted := Wanted(config.name, root, cache_dir, config.official_val, size, fetch)) not in _FOUND:
+    if (wanted := Wanted(config.name, root, cache_dir, config.official_val, size, config.group,
+                            config.on_broken, fetch)) not in _FOUND:
         try:  # imported when chosen: each needs another heavy package
             if (found := import_module(f"lora_vit.data.{known.loader}").find(wanted)) is not None:
                 _FOUND[wanted] = found
