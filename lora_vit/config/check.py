@@ -71,7 +71,7 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")
     for one, other in (("val_examples", "val_fraction"), ("train_examples", "train_per_class")):
         if (value := getattr(d, one)) is not None and (beside := getattr(d, other)) is not None:
-            refuse(f"data.{one}", value, f"and data.{other}={beside} say the same: give one of them, and null for the other")
+            refuse(f"data.{one}", value, f"and data.{other}={beside} are two ways: give null for one of them")
     if d.group is not None and known.loader != "table":
         _check_group(d.group)
     val, test = d.val_fraction or 0, d.test_fraction or 0
@@ -82,8 +82,8 @@ def _check_data(d: DataConfig) -> None:
 
 
 def _check_group(group: object) -> None:
-    with contextlib.suppress(re.error, TypeError):  # of a text that is no pattern, and of what is no text
-        if (type(group) is int and group > 0) or re.compile(group).groups == 1:
+    with contextlib.suppress(re.error):
+        if (type(group) is int and group > 0) or (isinstance(group, str) and re.compile(group).groups == 1):
             return
     remedy = r"give a level of folders from 1 up, or a pattern with one pair of parentheses, as '/(patient\d+)_'"
     refuse("data.group", group, f"is impossible: {remedy}")

@@ -1,9 +1,9 @@
 """Which samples are for training, validation and test: stratified per class, keyed by the split's seed."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
-from pathlib import PurePath
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from lora_vit import randomness
 from lora_vit.config import DataConfig
 from lora_vit.data.dataset import Found
 from lora_vit.errors import ConfigError
-from lora_vit.files import shown
+from lora_vit.files import counted, shown
 
 
 def divide(found: Found, config: DataConfig, without: Iterable[int] = ()) -> tuple[dict[str, np.ndarray], str]:
@@ -33,12 +33,15 @@ def divide(found: Found, config: DataConfig, without: Iterable[int] = ()) -> tup
     if config.test_fraction == 0:
         splits.pop("test", None)
     sizes = np.bincount(labels[splits["train"]], minlength=len(found.class_names))
+    if (left := np.count_nonzero(sizes)) < 1 + (config.on_broken == "skip"):
+        raise ConfigError(f"data.on_broken=skip leaves {left} of {len(sizes)} classes: repair some, two are needed")
     counts = {part: _of_each(share, sizes, part, seed) for part, share in shares.items()}
-    if len(few := np.flatnonzero((0 < sizes) & (sizes <= sum(counts.values())))):
+    if len(few := np.flatnonzero((sizes > 0) & (sizes <= sum(counts.values())))):
         if config.on_broken == "skip":
             return divide(found, config, np.union1d(without, np.flatnonzero(np.isin(labels, few))))
-        what = f"class '{found.class_names[few[0]]}' has {sizes[few[0]]} images, too few to be in train, {', '.join(shares)}"
-        raise ConfigError(f"{what}: add images, or leave it out with data.on_broken=skip")
+        class_has = f"class '{found.class_names[few[0]]}' has {sizes[few[0]]} images"
+        too_few = f"{class_has}, too few to be in train, {', '.join(shares)}"
+        raise ConfigError(f"{too_few}: add images, or drop the class (data.on_broken=skip leaves it out)")
     if found.groups is None:
         ordered = _by_class(splits["train"], labels, "split", seed)
         cuts = [np.cumsum([n[labels[ids[0]]] for n in counts.values()]) for ids in ordered]
@@ -143,24 +146,14 @@ def groups_of(found: Found, group: int | str | None) -> np.ndarray | None:
         return found.groups
     if not found.names:
         raise ConfigError(f"data.group={group}: these images are no files with names of their own, leave it null")
-    paths = [PurePath(name).as_posix() for name in found.names]
+    given, paths = group, list(found.names)
     if isinstance(group, int):
-        folders = [path.split("/")[:-1] for path in paths]
-        level = _level_of_classes(folders, found.labels)
-        keys = ["/".join(own[level : level + group]) if len(own) >= level + group else None for own in folders]
-    else:
-        matches = [re.search(group, path) for path in paths]
-        keys = [match and match[1] for match in matches]
+        above = "[^/]+/" * (1 + (len(found.parts) > 1 or bool(os.path.commonpath(paths))))  # class, perhaps train/
+        group = f"^{above}((?:[^/]+/){{{group}}})"
+    matches = [re.search(group, path) for path in paths]
+    keys = [match[1] if match and match[1] else "" for match in matches]
     if lost := [shown(path) for path, key in zip(paths, keys, strict=True) if not key]:
-        named = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
-        what = "no folder at that level" if isinstance(group, int) else "no such text"
-        raise ConfigError(f"data.group={group}: {len(lost)} of {len(paths)} files have {what} ({named}): give another one")
-    return np.unique(np.array(keys, dtype=str), return_inverse=True)[1]
-
-
-def _level_of_classes(folders: list[list[str]], labels: np.ndarray) -> int:
-    """How many folders there are down to a class's own: the first of which each holds images of one class alone."""
-    for level in range(min(map(len, folders))):
-        if len({(own[level], label) for own, label in zip(folders, labels, strict=True)}) == len({own[level] for own in folders}):
-            return level + 1
-    return 0
+        without = counted({f"of {len(paths):,} files without it": lost})[0]
+        raise ConfigError(f"data.group={given}: {without}: give a level or pattern that all have")
+    numbers = {key: number for number, key in enumerate(sorted({*keys}))}
+    return np.array([numbers[key] for key in keys])
