@@ -7,7 +7,7 @@ from typing import Any
 from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.errors import ConfigError
 from lora_vit.metrics import METRICS
-from lora_vit.records import NO_TEST, TrialRecord
+from lora_vit.records import TrialRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,7 @@ def evaluate(folder: str | Path, split: str = "test", weights: str | None = None
 
     pack = trained_pack([folder], config)
     if split not in pack.setup.data.splits:
-        why = f" ({NO_TEST})" * (split == "test")
-        raise ConfigError(f"--split {split} does not exist here{why}: give one of {', '.join(pack.setup.data.splits)}")
+        raise ConfigError(f"--split {split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
     with computing(pack.setup.device, config.trainer.deterministic):
         return pack.predict(split)[0], record
 

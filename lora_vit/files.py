@@ -5,10 +5,9 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,16 +23,6 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 def shown(name: str | os.PathLike[str]) -> str:
     """A file's name or path as text, whatever its bytes are."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def counted(named: Mapping[str, Sequence[str]], most: int = 3) -> tuple[str, ...]:
-    """``3 hidden (.DS_Store, ...)`` for each reason: names by it, of which at most so many are shown."""
-    said = []
-    for reason, names in named.items():
-        one = re.sub(r"^((?:broken )?(?:file|folder|image|link)|class)(?:es|s)\b", r"\1", reason)
-        what = reason if len(names) > 1 else one
-        said.append(f"{len(names):,} {what} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})")
-    return tuple(said)
 
 
 @contextlib.contextmanager

@@ -37,8 +37,7 @@ class TrialRecord:
     cost: dict[str, Any] = field(default_factory=dict)
     # versions, commit, dirty, host, device, threads, resolved precision, world size, command
     environment: dict[str, Any] = field(default_factory=dict)
-    # fingerprint, classes, the number of samples of each split, and names of what is left_out by the reason
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, classes, samples of each split, names left_out
     untracked: dict[str, str] = field(default_factory=dict)  # trackers that have failed, by name, and how
     started: float = 0.0
     heartbeat: float = 0.0  # the last sign of life (later ones are the file's time while it runs)

@@ -16,7 +16,6 @@ from lora_vit.analysis.race import Rules
 from lora_vit.config import LoraConfig
 from lora_vit.config.names import flat
 from lora_vit.errors import RecordError
-from lora_vit.files import counted
 from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import PLAN, RECORD, TrialRecord, read_record
 
@@ -133,6 +132,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
     lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}
     versions = facts["versions"] if isinstance(facts.get("versions"), dict) else {}
+    left_out = record.data.get("left_out", {})
     counts = {name: record.data.get(name) for name in ("classes", "train", "val", "test")}
     values: dict[str, Any] = {
         "trial": record.trial_id,
@@ -149,7 +149,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         **{f"{name}_parameters": as_float(record.parameters.get(name))
            for name in ("trainable", "adapter", "head", "total")},
         "data.fingerprint": _fact(record.data.get("fingerprint")),
-        "data.left_out": ", ".join(counted(record.data.get("left_out") or {})),
+        "data.left_out": ", ".join(f"{len(n):,} {why} ({', '.join(n[:20])})" for why, n in left_out.items()),
         **{f"data.{name}": n if type(n) is int and 0 <= n < 2**63 else None for name, n in counts.items()},
         **{f"environment.{name}": _fact(facts.get(name))
            for name in ("commit", "dirty", "host", "device", "precision", "world_size")},

@@ -1,6 +1,5 @@
 """What settings mean for each other; what each may be stands with its field in :mod:`lora_vit.config.schema`."""
 
-import contextlib
 import math
 import re
 from operator import attrgetter
@@ -59,7 +58,7 @@ def _check_data(d: DataConfig) -> None:
     known = DATASETS[d.name]
     for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
-        if part not in (*known.always, *known.perhaps) and fraction is None and not (part == "val" and d.val_examples):
+        if part not in (*known.always, *known.perhaps) and fraction is None:
             refuse(key, None, f"is impossible: data={d.name} has no {part} images of its own, give a fraction")
     if not (names := d.augmentations()):
         refuse("data.augment", None, "is impossible: give none, or what is to be done")
@@ -69,24 +68,13 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.augment", d.augment, "changes no colour: give one of data.color_jitter_* above 0")
     if d.batch_size == 1 and names[-1] in ("mixup", "cutmix"):
         refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")
-    for one, other in (("val_examples", "val_fraction"), ("train_examples", "train_per_class")):
-        if (value := getattr(d, one)) is not None and (beside := getattr(d, other)) is not None:
-            refuse(f"data.{one}", value, f"and data.{other}={beside} are two ways: give null for one of them")
-    if d.group is not None and known.loader != "table":
-        _check_group(d.group)
+    if (per_class := d.train_per_class) and d.train_examples:
+        refuse("data.train_examples", d.train_examples, f"and data.train_per_class={per_class} are two ways: give one")
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
     if d.value_range is not None and d.value_range[0] >= d.value_range[1]:
         refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
-
-
-def _check_group(group: object) -> None:
-    with contextlib.suppress(re.error):
-        if (type(group) is int and group > 0) or (isinstance(group, str) and re.compile(group).groups == 1):
-            return
-    remedy = r"give a level of folders from 1 up, or a pattern with one pair of parentheses, as '/(patient\d+)_'"
-    refuse("data.group", group, f"is impossible: {remedy}")
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:

@@ -16,8 +16,7 @@ class DataSet(NamedTuple):
     def unread(self) -> list[str]:
         """Settings that have no effect on it."""
         keys = [f"{part}_fraction" for part in self.always] + ["official_val"] * (not self.official_val)
-        keys += ["cache_size", "background", "value_range"] * self.one_size + ["group"] * self.in_package
-        return [f"data.{key}" for key in keys]
+        return [f"data.{key}" for key in keys + ["cache_size", "background", "value_range"] * self.one_size]
 
 
 DATASETS = {

@@ -65,9 +65,8 @@ class DataConfig:
     mixup_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
-    val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)", ", or null"))
-    val_examples: int | None = field(metadata=_IMAGES | {"as_before": None})  # in all, in place of a fraction
-    test_fraction: float | None = field(metadata=number("a fraction", "[0, 1)", ", or null for those that are there"))
+    val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
+    test_fraction: float | None = field(metadata=number("a fraction", "[0, 1)", ", or null for no test images"))
     train_per_class: int | None = field(metadata=_IMAGES)
     train_examples: int | None = field(metadata=_IMAGES | {"as_before": None})
     group: Any = field(metadata={"as_before": None})  # a level of folders, a pattern, a table's column, or None

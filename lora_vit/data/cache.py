@@ -54,8 +54,8 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content; runs that start together wait for the first. Without a size in
-    ``decoding`` all images must have one. Raises ConfigError for broken images (unless they are to ``skip``), several
-    sizes, no space or place.
+    ``decoding`` all images must have one. Raises ConfigError for several sizes, no space or place, and broken images
+    unless we ``skip`` them.
     """
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}{' skip' * skip}\n"
     path = cache_dir / f"images-{hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]}.npy"
@@ -110,9 +110,9 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         refused = [(name, why) for name, kind, why in notes if kind in ("broken", "unread") and name not in broken]
         if named := sorted(f"{shown(name)} ({why})" for name, why in refused):
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            count = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
-            remedy = "repair or remove them, or give data.on_broken=skip"
-            raise ConfigError(f"{count}: {', '.join(named[:_NAMED])}{more}; {remedy}")
+            what = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
+            what += f": {', '.join(named[:_NAMED])}{more}"
+            raise ConfigError(f"{what}; repair or remove them, or leave them out by data.on_broken=skip")
         for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
             differs = f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}"
             raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
+from lora_vit.data.files import counted
 from lora_vit.data.preprocessing import Decoding, Range
 from lora_vit.errors import ConfigError
-from lora_vit.files import counted, shown, user_path
+from lora_vit.files import shown, user_path
 from lora_vit.records import NO_TEST
 
 # Images uint8 [N, 3, h, w], the values that became 0 and 255, notes on files, each with their number, and of those that
@@ -72,15 +73,12 @@ class ImageData(Found):
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
         used = sum(map(len, self.splits.values()))
-        classes = f"{', '.join(self.class_names[:3])}{', ...' if len(self.class_names) > 3 else ''}"
-        text = f"data: {used:,} images of {len(self.class_names):,} classes ({classes}): {sizes}"
+        text = f"data: {used:,} images of {counted({'classes': self.class_names})[0]}: {sizes}"
         text += "" if {"test", "official_val"} & {*self.splits} else f"; {NO_TEST}"
         if (images := len(self.splits["val"])) < 400:
             text += f"; one of {images} val images is {100 / images:.2g} points"
         there = np.flatnonzero(self.labels >= 0)
-        untested = 0 if "test" in self.splits else len(np.intersect1d(self.parts.get("test", ()), there))
-        text += f"; {untested:,} test images left out by data.test_fraction=0" if untested else ""
-        if unused := len(there) - used - untested:
+        if unused := len(there) - used:
             text += f"; {unused:,} training images left out by data.train_per_class or data.train_examples"
         height, width = self.images.shape[-2:]
         if min(height, width) < image_size:

@@ -15,9 +15,8 @@ from lora_vit.data.preprocessing import Decoding, reason
 Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
 
-``broken``: why it cannot be used; ``unread``: why it could not be read now. ``size``: ``WIDTHxHEIGHT``, which is not
-the array's. ``values``: some, where it has more than 8 bits and there is no range to scale them by. Anything else is a
-note on the file, with None.
+``broken``: why it cannot be used; ``unread``: now. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``:
+some, where it has more than 8 bits and there is no range to scale them by. Anything else is a note, with None.
 """
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_vit.errors import ConfigError
-from lora_vit.files import counted, locked, replacing, shown
+from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Every, Progress
 
@@ -34,6 +34,7 @@ _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may chang
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
 _KEEP_EVERY = 30.0  # seconds between savings of what has been read
+_NAMED = 3  # files of a kind that one line names
 
 
 @functools.cache
@@ -62,6 +63,16 @@ def _is_image(path: str) -> bool:
     return False
 
 
+def counted(named: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """``3 hidden (.DS_Store, ...)`` for each reason, of the names by it."""
+    said = []
+    for reason, names in named.items():
+        one = re.sub(r"^((?:broken )?(?:file|folder|image|link)|class)(?:es|s)\b", r"\1", reason)
+        what, more = reason if len(names) > 1 else one, ", ..." * (len(names) > _NAMED)
+        said.append(f"{len(names):,} {what} ({', '.join(names[:_NAMED])}{more})")
+    return tuple(said)
+
+
 @dataclass
 class Listing:
     """Lists folders and images, sorted, and remembers what it passes over: names by the reason. Links are followed."""
@@ -74,7 +85,6 @@ class Listing:
         self.passed.setdefault(reason, []).append(shown(name))
 
     def lines(self) -> tuple[str, ...]:
-        """``3 hidden (.DS_Store, ...)`` for each reason."""
         return counted(self.passed)
 
     def folders(self, root: Path) -> list[str]:

@@ -127,8 +127,7 @@ def bind(adapter: Adapter, base: dict[str, Any], class_names: Sequence[str] | No
         raise ConfigError(f"the data's classes are not the adapter's: it {what}")
     if data is not None and data["fingerprint"] != card["data"]["fingerprint"]:
         then = {**card["data"], "fingerprint": data["fingerprint"]}
-        changed = [f"{key} {then.get(key)} then, {now} now" for key, now in data.items()
-                   if now != then.get(key) and isinstance(now, int)]  # fmt: skip
+        changed = [f"{key} {then.get(key)} then, {now} now" for key, now in data.items() if now != then.get(key)]
         what = ", ".join(changed) or "other contents or splits of as many images"
         raise ConfigError(f"the data is not what the adapter was trained and tested on: {what}")
 
