@@ -101,18 +101,18 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
         notes = _run(root, names, digests, decoding, partial)
         deep = {name: values for name, kind, values in notes if kind == "values"}
-        lost = [name for name, kind, _ in notes if kind in ("broken", "unread")]
-        if deep and (skip or not lost):
+        if deep and (skip or all(kind != "broken" for _, kind, _ in notes)):
             # one range for all, so that equal values stay equal
-            decoding = replace(decoding, value_range=_range_of(root, deep, len(names) - len(lost)))
+            sound = len(names) - sum(kind == "broken" for _, kind, _ in notes)
+            decoding = replace(decoding, value_range=_range_of(root, deep, sound))
             notes = _run(root, names, digests, decoding, partial)
-        broken = {name: why for name, kind, why in notes if kind == "broken" and skip}
-        refused = [(name, why) for name, kind, why in notes if kind in ("broken", "unread") and name not in broken]
-        if named := sorted(f"{shown(name)} ({why})" for name, why in refused):
+        broken = {name: why for name, kind, why in notes if kind == "broken"}
+        if broken and not skip:
+            named = sorted(f"{shown(name)} ({why})" for name, why in broken.items())
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            what = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
-            what += f": {', '.join(named[:_NAMED])}{more}"
-            raise ConfigError(f"{what}; repair or remove them, or leave them out by data.on_broken=skip")
+            count = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
+            remedy = "repair or remove them, or leave them out by data.on_broken=skip"
+            raise ConfigError(f"{count}: {', '.join(named[:_NAMED])}{more}; {remedy}")
         for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
             differs = f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}"
             raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")

@@ -17,8 +17,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import shown, user_path
 from lora_vit.records import NO_TEST
 
-# Images uint8 [N, 3, h, w], the values that became 0 and 255, notes on files, each with their number, and of those that
-# are left out (their rows are 0) why they cannot be read, by sample id.
+# Images uint8 [N, 3, h, w], what became 0 and 255, notes on files, and why some cannot be read, by sample id.
 Decoded = tuple[np.ndarray, Range | None, tuple[str, ...], dict[int, str]]
 
 
@@ -146,9 +145,9 @@ def _without(found: Found, broken: dict[int, str], train: np.ndarray) -> tuple[F
     files = [f"{shown(found.names[i])} ({why})" for i, why in sorted(broken.items())]
     labels = np.where(trained, np.cumsum(trained) - 1, -1)[found.labels]
     labels[[*broken]] = -1
-    found = replace(found, labels=labels, class_names=[names[c] for c in np.flatnonzero(trained)])
     left_out = {"broken files": files, "classes with too few images": classes}
-    return found, {why: named for why, named in left_out.items() if named}
+    kept = replace(found, labels=labels, class_names=[names[c] for c in np.flatnonzero(trained)])
+    return kept, {why: named for why, named in left_out.items() if named}
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:

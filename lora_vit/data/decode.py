@@ -15,8 +15,8 @@ from lora_vit.data.preprocessing import Decoding, reason
 Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
 
-``broken``: why it cannot be used; ``unread``: now. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``:
-some, where it has more than 8 bits and there is no range to scale them by. Anything else is a note, with None.
+``broken``: why it cannot be used. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``: some, where it has
+more than 8 bits and there is no range to scale them by. Anything else is a note on the file, with None.
 """
 
 
@@ -28,14 +28,12 @@ def decode(root: str, names: list[str], digests: np.ndarray, decoding: Decoding,
     array, notes = np.load(out, mmap_mode="r"), list[Note]()
     rows = np.zeros((len(names), *array.shape[1:]), np.uint8)
     for row, name, digest in zip(rows, names, digests, strict=True):
-        kind = "unread"
         try:
             if hashlib.sha256(content := Path(root, name).read_bytes()).digest() != digest.tobytes():
                 raise ValueError("it changed while it was read: run the command again")
-            kind = "broken"
             pixels, told = decoding.read(io.BytesIO(content), find=True)
         except Exception as error:
-            notes.append((name, "unread" if isinstance(error, MemoryError) else kind, reason(error)))
+            notes.append((name, "broken", reason(error)))
             continue
         if pixels.ndim == 1:
             notes.append((name, "values", pixels))

@@ -49,8 +49,7 @@ def divide(found: Found, config: DataConfig, without: Iterable[int] = ()) -> tup
         of[train] = _whole(found.groups[train], labels[train], wanted, seed)
     splits |= {part: train[of[train] == number] for number, part in enumerate(names)}
     if empty := [part for part in names if not len(splits[part])]:
-        remedy = "give larger fractions, or smaller groups"
-        raise ConfigError(f"data.group={config.group} leaves nothing for {' and '.join(empty)}: {remedy}")
+        raise ConfigError(f"data.group={config.group} leaves {' and '.join(empty)} empty: give larger fractions")
     splits["train"] = _fewer(splits["train"], found, config)
     if (count := len(splits["train"])) < config.batch_size:
         many = f"data.batch_size={config.batch_size} is more than the {count} training images"
@@ -103,8 +102,8 @@ def _fewer(train: np.ndarray, found: Found, config: DataConfig) -> np.ndarray:
         there = f"there are {len(train)} training images of {len(of_class)} classes"
         raise ConfigError(f"data.train_examples={keep}: {there}, give no more, and at least one for each class")
     # One of each class, then in proportion to their sizes (Sainte-Laguë): fewer in all are no more of any class.
-    order = np.argsort(np.concatenate([np.arange(-1, 2 * n - 1, 2).clip(0) / n for n in map(len, of_class.values())]),
-                       kind="stable")  # fmt: skip
+    turns = [np.arange(1, 2 * n, 2) * (np.arange(n) > 0) / n for n in map(len, of_class.values())]
+    order = np.argsort(np.concatenate(turns), kind="stable")
     return np.sort(np.concatenate([*of_class.values()])[order[:keep]])
 
 
@@ -115,13 +114,12 @@ def groups_of(found: Found, group: int | str | None) -> np.ndarray | None:
     """
     if group is None:
         return None
-    pattern, keys = str(group), [] if found.groups is None else [*map(str, found.groups)]
-    if isinstance(group, int):
-        above = 1 + (len(found.parts) > 1 or bool(os.path.commonpath(found.names or [""])))  # train/, class
-        pattern = f"^(?:[^/]+/){{{above}}}((?:[^/]+/){{{group}}})"
+    above = 1 + (len(found.parts) > 1 or bool(os.path.commonpath(found.names or [""])))  # folders: train/, class
+    pattern = f"^(?:[^/]+/){{{above}}}((?:[^/]+/){{{group}}})" if isinstance(group, int) else group
     try:
-        if not keys and (re.compile(pattern).groups != 1 or not found.names):
+        if found.groups is None and (re.compile(pattern).groups != 1 or not found.names):
             raise re.error("not one pair of parentheses" if found.names else "they are no files")
+        keys = [*map(str, [] if found.groups is None else found.groups)]
         keys = keys or [(match and match[1]) or "" for match in (re.search(pattern, name) for name in found.names)]
     except re.error as error:
         remedy = r"give a level of folders from 1 up, or a pattern for their paths, as '/(patient\d+)_'"

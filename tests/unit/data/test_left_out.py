@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 from pictures import data_config, fresh, paint, refused, shades
 
-from lora_vit.data import preprocessing
 from lora_vit.data.dataset import ImageData
 
 SKIP = {"on_broken": "skip", "cache_size": 8}
@@ -79,20 +79,6 @@ def test_a_class_that_is_broken_as_a_whole_leaves_given_parts_too(pets, tmp_path
     assert "class 'dog' has 0 images" in said, "a classifier needs two"
 
 
-def test_a_file_that_changed_or_found_no_memory_is_not_skipped(pets, tmp_path, monkeypatch):
-    (pets / "fox").rmdir()
-    read = preprocessing.Decoding.read
-
-    def fails(self, file, find=False):
-        pixels = read(self, file, find)
-        if pixels[0][0, 0, 0] == 5:
-            raise MemoryError("no memory")
-        return pixels
-
-    monkeypatch.setattr(preprocessing.Decoding, "read", fails)
-    assert "1 broken image below" in refused(fresh, data_config(tmp_path, **SKIP))
-
-
 def test_no_test_part(pets, tmp_path):
     def line(**changes) -> tuple[ImageData, str]:
         data = fresh(data_config(tmp_path, **SKIP, **changes))
@@ -106,8 +92,6 @@ def test_no_test_part(pets, tmp_path):
 
 
 def test_plugins_of_pillow_are_asked_where_they_are_installed(monkeypatch):
-    import importlib
-
     asked: list[str] = []
     heif, avif = ModuleType("pillow_heif"), ModuleType("pillow_avif")
     heif.register_heif_opener = lambda: asked.append("heif")  # type: ignore[attr-defined]
