@@ -69,7 +69,7 @@ class DataConfig:
     test_fraction: float | None = field(metadata=number("a fraction", "[0, 1)", ", or null for no test images"))
     train_per_class: int | None = field(metadata=_IMAGES)
     train_examples: int | None = field(metadata=_IMAGES | {"as_before": None})
-    group: Any = field(metadata={"as_before": None})  # a level of folders, a pattern, a table's column, or None
+    group: Any = field(metadata={"as_before": None, "kind": "int or str or null"})  # folder level, pattern or column
     on_broken: str = field(metadata=choice("refuse", "skip") | {"as_before": "refuse"})
     official_val: bool
     cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are

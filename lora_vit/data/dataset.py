@@ -64,9 +64,9 @@ class ImageData(Found):
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
-        sizes: dict[str, Any] = {"test": 0, **{name: len(ids) for name, ids in self.splits.items()}}
-        sizes |= {"left_out": self.left_out} if self.left_out else {}
-        return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
+        sizes = {"test": 0, **{name: len(ids) for name, ids in self.splits.items()}}
+        told = {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
+        return told | ({"left_out": self.left_out} if self.left_out else {})
 
     def line(self, image_size: int, metric: str = "") -> str:
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
@@ -127,9 +127,8 @@ def load_data(config: DataConfig) -> ImageData:
         found, left_out = _without(found, broken, splits["train"])
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
-    used = np.flatnonzero(found.labels >= 0)
-    shade = int(images[used[0], 0, 0, 0])
-    if all(abs(images[i].astype("i2") - shade).max() < 3 for i in used):  # seldom looks at more than the first
+    shade = int(images[splits["train"][0], 0, 0, 0])
+    if all(abs(images[i].astype("i2") - shade).max() < 3 for i in splits["train"]):  # seldom more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
