@@ -49,6 +49,7 @@ class Found:
     root: Path | None = None  # that of these files
     names: Sequence[str] = ()  # their paths below it, in the order of the sample ids
     groups: np.ndarray | None = None  # equal values [N] for images that stay in one part, of a table's column
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # files and classes by why they are in no part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,6 @@ class ImageData(Found):
     told: tuple[str, ...] = ()  # as in Decoded
     splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
     fingerprint: str  # hex digest of content and splits
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # files and classes by why they are in no part
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
@@ -121,10 +121,9 @@ def load_data(config: DataConfig) -> ImageData:
     given: Any = config.value_range and tuple(config.value_range)
     decoding = Decoding(config.cache_size, given, tuple(config.background))
     images, value_range, told, broken = found.decode(decoding)
-    left_out: dict[str, list[str]] = {}
     if config.on_broken == "skip":
         splits, fingerprint = divide(found, config, broken)
-        found, left_out = _without(found, broken, splits["train"])
+        found = _without(found, broken, splits["train"])
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
     shade = int(images[splits["train"][0], 0, 0, 0])
@@ -133,20 +132,19 @@ def load_data(config: DataConfig) -> ImageData:
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
     decoding = replace(decoding, size=height if height == width else None, value_range=value_range)
-    return ImageData(**vars(found), images=images, decoding=decoding, told=told, splits=splits,
-                     fingerprint=fingerprint, left_out=left_out)  # fmt: skip
+    return ImageData(**vars(found), images=images, decoding=decoding, told=told, splits=splits, fingerprint=fingerprint)
 
 
-def _without(found: Found, broken: dict[int, str], train: np.ndarray) -> tuple[Found, dict[str, list[str]]]:
-    """The data set without broken images and classes that are not trained on, and the names of what is left out."""
+def _without(found: Found, broken: dict[int, str], train: np.ndarray) -> Found:
+    """The data set without broken images and classes that are not trained on."""
     names, trained = found.class_names, np.isin(np.arange(len(found.class_names)), found.labels[train])
     classes = [f"{names[c]} ({np.count_nonzero(found.labels == c):,})" for c in np.flatnonzero(~trained)]
     files = [f"{shown(found.names[i])} ({why})" for i, why in sorted(broken.items())]
     labels = np.where(trained, np.cumsum(trained) - 1, -1)[found.labels]
     labels[[*broken]] = -1
     left_out = {"broken files": files, "classes with too few images": classes}
-    kept = replace(found, labels=labels, class_names=[names[c] for c in np.flatnonzero(trained)])
-    return kept, {why: named for why, named in left_out.items() if named}
+    left_out, kept = {why: n for why, n in left_out.items() if n}, [names[c] for c in np.flatnonzero(trained)]
+    return replace(found, labels=labels, class_names=kept, left_out=left_out)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
