@@ -149,7 +149,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         **{f"{name}_parameters": as_float(record.parameters.get(name))
            for name in ("trainable", "adapter", "head", "total")},
         "data.fingerprint": _fact(record.data.get("fingerprint")),
-        "data.left_out": ", ".join(f"{len(n):,} {why} ({', '.join(n[:20])})" for why, n in left_out.items()),
+        "data.left_out": ", ".join(f"{why}: {len(n):,} ({', '.join(n[:20])})" for why, n in left_out.items()),
         **{f"data.{name}": n if type(n) is int and 0 <= n < 2**63 else None for name, n in counts.items()},
         **{f"environment.{name}": _fact(facts.get(name))
            for name in ("commit", "dirty", "host", "device", "precision", "world_size")},
