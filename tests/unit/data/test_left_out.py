@@ -57,6 +57,7 @@ def test_broken_files_are_in_no_part_and_keep_their_ids(pets, tmp_path):
     assert "class 'emu' has 2 images, too few to be in train, val, test" in refused(fresh, refuse)
     for i in (2, 3):
         paint(pets / f"emu/{i}.png", 30 + i)
+    assert fresh(config).left_out.keys() == {"broken files"}, "a cache that lacks them is not one for all"
     assert "2 broken images below" in (said := refused(fresh, refuse))
     assert "leave them out by data.on_broken=skip" in said
 
