@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
-from lora_vit.data.files import counted
+from lora_vit.data.files import Listing
 from lora_vit.data.preprocessing import Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, user_path
@@ -72,7 +72,8 @@ class ImageData(Found):
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
         used = sum(map(len, self.splits.values()))
-        text = f"data: {used:,} images of {counted({'classes': self.class_names})[0]}: {sizes}"
+        classes = f"{', '.join(self.class_names[:3])}{', ...' if len(self.class_names) > 3 else ''}"
+        text = f"data: {used:,} images of {len(self.class_names):,} classes ({classes}): {sizes}"
         text += "" if {"test", "official_val"} & {*self.splits} else f"; {NO_TEST}"
         if (images := len(self.splits["val"])) < 400:
             text += f"; one of {images} val images is {100 / images:.2g} points"
@@ -89,8 +90,8 @@ class ImageData(Found):
             for where, keys in (("", first), ("of groups ", self.groups)):
                 count = 0 if keys is None or name == "train" else np.isin(keys[ids], keys[self.splits["train"]]).sum()
                 text += f"; {count:,} images of {name} are {where}in train too" if count else ""
-            if len(lacking := np.setdiff1d(np.arange(len(self.class_names)), self.labels[ids])):
-                text += f"; {counted({f'classes without {name} images': [self.class_names[c] for c in lacking]})[0]}"
+            if lacking := [self.class_names[c] for c in np.setdiff1d(np.arange(len(self.class_names)), self.labels[ids])]:
+                text += f"; no {name} images of {', '.join(lacking[:3])}{f', ... ({len(lacking):,})' * (len(lacking) > 3)}"
         if first is not None:
             order = there[np.lexsort((self.labels[there], first[there]))]
             if len(at := np.flatnonzero((np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0))):
@@ -100,7 +101,7 @@ class ImageData(Found):
         if metric == "accuracy" and counts.max() > 3 * counts.min():
             text += f"; {counts.min():,} to {counts.max():,} images in a class: try trainer.metric=balanced_accuracy"
         text = "; ".join([text, *self.told])
-        text += f"; left out: {', '.join(counted(self.left_out))}" if self.left_out else ""
+        text += f"; left out: {', '.join(Listing(Path(), self.left_out).lines())}" if self.left_out else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 

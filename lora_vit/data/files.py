@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,16 +63,6 @@ def _is_image(path: str) -> bool:
     return False
 
 
-def counted(named: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """``3 hidden (.DS_Store, ...)`` for each reason, of the names by it."""
-    said = []
-    for reason, names in named.items():
-        one = re.sub(r"^((?:broken )?(?:file|folder|image|link)|class)(?:es|s)\b", r"\1", reason)
-        what, more = reason if len(names) > 1 else one, ", ..." * (len(names) > _NAMED)
-        said.append(f"{len(names):,} {what} ({', '.join(names[:_NAMED])}{more})")
-    return tuple(said)
-
-
 @dataclass
 class Listing:
     """Lists folders and images, sorted, and remembers what it passes over: names by the reason. Links are followed."""
@@ -85,7 +75,13 @@ class Listing:
         self.passed.setdefault(reason, []).append(shown(name))
 
     def lines(self) -> tuple[str, ...]:
-        return counted(self.passed)
+        """``3 hidden (.DS_Store, ...)`` for each reason."""
+        said = []
+        for reason, names in self.passed.items():
+            one = re.sub(r"^(folder|image|(broken )?(link|file)|class(?=es))e?s\b", r"\1", reason)
+            what, more = reason if len(names) > 1 else one, ", ..." * (len(names) > _NAMED)
+            said.append(f"{len(names):,} {what} ({', '.join(names[:_NAMED])}{more})")
+        return tuple(said)
 
     def folders(self, root: Path) -> list[str]:
         """Names of the folders in ``root`` that are neither hidden nor our own."""

@@ -4,13 +4,14 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from lora_vit import randomness
 from lora_vit.config import DataConfig
 from lora_vit.data.dataset import Found
-from lora_vit.data.files import counted
+from lora_vit.data.files import Listing
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown
 
@@ -125,6 +126,6 @@ def groups_of(found: Found, group: int | str | None) -> np.ndarray | None:
         remedy = r"give a level of folders from 1 up, or a pattern for their paths, as '/(patient\d+)_'"
         raise ConfigError(f"data.group={group} groups no images ({error}): {remedy}") from None
     if lost := [shown(name) for name, key in zip(found.names, keys, strict=True) if not key]:
-        without = counted({f"of {len(keys):,} files are without it": lost})[0]
+        without = Listing(Path(), {f"of {len(keys):,} files are without it": lost}).lines()[0]
         raise ConfigError(f"data.group={group}: {without}: give one that all have")
     return np.unique([*map(os.fsencode, keys)], return_inverse=True)[1]
