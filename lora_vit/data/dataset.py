@@ -90,8 +90,8 @@ class ImageData(Found):
             for where, keys in (("", first), ("of groups ", self.groups)):
                 count = 0 if keys is None or name == "train" else np.isin(keys[ids], keys[self.splits["train"]]).sum()
                 text += f"; {count:,} images of {name} are {where}in train too" if count else ""
-            if lacking := [self.class_names[c] for c in np.setdiff1d(np.arange(len(self.class_names)), self.labels[ids])]:
-                text += f"; no {name} images of {', '.join(lacking[:3])}{f', ... ({len(lacking):,})' * (len(lacking) > 3)}"
+            if len(lacking := np.setdiff1d(np.arange(len(self.class_names)), self.labels[ids])):
+                text += f"; classes without {name} images: {len(lacking):,} (as {self.class_names[lacking[0]]})"
         if first is not None:
             order = there[np.lexsort((self.labels[there], first[there]))]
             if len(at := np.flatnonzero((np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0))):

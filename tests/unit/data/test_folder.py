@@ -61,7 +61,7 @@ def test_a_class_that_a_part_lacks_is_told(parts, tmp_path):
     (parts / "val/dog").rename(tmp_path / "away")
     data = load(tmp_path)
     assert sizes(data)["val"] == 2
-    assert "; no val images of dog" in data.line(8)
+    assert "; classes without val images: 1 (as dog)" in data.line(8)
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
