@@ -191,7 +191,7 @@ def test_groups_of_a_class_are_in_train_first_and_none_is_too_large_for_all():
     one_group = np.where(LABELS == 2, 0, np.arange(200))
     splits, _ = divided(groups=one_group)
     assert [np.isin(np.flatnonzero(LABELS == 2), ids).sum() for ids in splits.values()] == [40, 0, 0]
-    with pytest.raises(ConfigError, match=r"data\.group=None leaves nothing for val and test: give larger fractions"):
+    with pytest.raises(ConfigError, match=r"data\.group=None leaves val and test empty: give larger fractions"):
         divided(groups=np.zeros(200))
 
 
