@@ -17,6 +17,7 @@ from lora_vit.files import write_json
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
 PLAN, SEARCH = "sweep.json", "search.db"  # of a sweep: what it was asked for; of a search: what Optuna knows
+NO_TEST = "no test part: nothing is tested"
 NO_FIGURE = "has no val_{}: remove it, then the same command trains it again"  # a completed trial's, edited or old
 
 
@@ -36,7 +37,7 @@ class TrialRecord:
     cost: dict[str, Any] = field(default_factory=dict)
     # versions, commit, dirty, host, device, threads, resolved precision, world size, command
     environment: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, classes, the number of samples of each split
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, classes, samples of each split, names left_out
     untracked: dict[str, str] = field(default_factory=dict)  # trackers that have failed, by name, and how
     started: float = 0.0
     heartbeat: float = 0.0  # the last sign of life (later ones are the file's time while it runs)

@@ -33,7 +33,7 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     from lora_vit.compose import first_of, refuse_misread_paths
     from lora_vit.config import TrialConfig, trial_id
     from lora_vit.metrics import METRICS
-    from lora_vit.records import NO_FIGURE, RECORD
+    from lora_vit.records import NO_FIGURE, NO_TEST, RECORD
     from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
     from lora_vit.stopping import waiting
     from lora_vit.terminal import from_here
@@ -70,7 +70,7 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
             stop.command = f"the same command with hydra.run.dir={shown}"
         raise
     board = f"tensorboard --logdir {shown}/tensorboard\n" * ("tensorboard" in config.tracker)
-    print(f"{shown}\n{board}", end="")
+    print(f"{shown}\n{board}", end="" if record.data.get("test") else f"{NO_TEST}\n")
     for name in dict.fromkeys((config.trainer.metric, "accuracy")):  # accuracy is the last line
         if (value := record.metrics.get(f"val_{name}")) is None:
             raise RecordError(f"{folder / RECORD} {NO_FIGURE.format(name)}")

@@ -41,7 +41,7 @@ def table(title: str, kind: type, values: dict[str, object], said: dict[str, str
         meaning = f"{beside}{said.get(f.name, '')}".removesuffix("; ").replace("|", "or").replace("``", "`")
         kinds = str(f.type) if hasattr(f.type, "__args__") else f.type.__name__
         kinds = kinds.replace("typing.", "").replace("|", "or").replace("None", "null")
-        kinds = "one or a list" if f.type is Any else kinds
+        kinds = f.metadata.get("kind", "one or a list") if f.type is Any else kinds
         may_be = f", {f.metadata['says']}" if "says" in f.metadata else ""
         lines.append(f"| `{f.name}` | {kinds}{may_be} | `{shown}` | {meaning} |")
     return "\n".join(lines) + "\n"

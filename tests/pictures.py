@@ -13,7 +13,7 @@ from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
 from lora_vit.data import cache
-from lora_vit.data.dataset import Decoded, ImageData, forget, load_data
+from lora_vit.data.dataset import ImageData, forget, load_data
 from lora_vit.data.files import digests_of
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
@@ -47,15 +47,15 @@ def refused(load: Callable[..., object], *args: Any, **changes: Any) -> str:
     return str(caught.value)
 
 
-def decoded(root: Path, names: list[str], size: int | None = None, place: Path | None = None, **how: Any) -> Decoded:
-    """The decoded files, by a cache in ``place``."""
+def decoded(root: Path, names: list[str], size: int | None = None, place: Path | None = None, **how: Any) -> Any:
+    """The decoded files, by a cache in ``place``, with their range and what is told of them."""
     place = place or root / "cache"
     digests = digests_of(root, names, place)
     assert digests is not None
-    return cache.decoded(root, names, digests, place, Decoding(size, **how))
+    return cache.decoded(root, names, digests, place, Decoding(size, **how))[:3]
 
 
-def shades(data: ImageData | Decoded) -> list[int]:
+def shades(data: ImageData | tuple[Any, ...]) -> list[int]:
     """The grey level of each image's centre."""
     images = data.images if isinstance(data, ImageData) else data[0]
     height, width = images.shape[-2:]

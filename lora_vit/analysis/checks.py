@@ -11,6 +11,7 @@ from lora_vit.analysis.tables import FACTS, SCALING, averaged
 from lora_vit.config import ADAPTED
 from lora_vit.config.names import CUT, LR, METHOD, value_text
 from lora_vit.errors import RecordError
+from lora_vit.records import NO_TEST
 
 VAL_SET = tuple(f"data.{name}" for name in (  # what decides which images a trial is validated on
     "name", "split_seed", "val_fraction", "test_fraction", "official_val", "val", "classes", "content",
@@ -86,6 +87,9 @@ def warnings(
             shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
             more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
             yield f"The trials have different {what}: {shown}{more}."
+    yield from (f"Left out of the data: {told}." for told in done["data.left_out"].unique() if told)
+    if (done["data.test"] == 0).all():
+        yield f"{NO_TEST.capitalize()}."
     if (done["environment.dirty"] == True).any():  # noqa: E712  (None and missing are not True)
         yield "Some trials ran with uncommitted changes in the code."
     if (devices := done["environment.device"].nunique()) > 1:

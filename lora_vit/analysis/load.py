@@ -117,7 +117,7 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
 def row(record: TrialRecord, folder: Path) -> dict[str, Any]:
     """One trial as a flat row, settings by dotted name."""
     lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}
-    versions = facts.get("versions", {})
+    versions, left_out = facts.get("versions", {}), record.data.get("left_out", {})
     return {
         "trial": record.trial_id,
         "cell": record.cell_id,
@@ -133,6 +133,7 @@ def row(record: TrialRecord, folder: Path) -> dict[str, Any]:
         **{f"{name}_parameters": as_float(record.parameters.get(name))
            for name in ("trainable", "adapter", "head", "total")},
         **{f"data.{name}": record.data.get(name) for name in ("fingerprint", "classes", "train", "val", "test")},
+        "data.left_out": ", ".join(f"{why}: {len(n):,} ({', '.join(n[:20])})" for why, n in left_out.items()),
         **{f"environment.{name}": facts.get(name)
            for name in ("commit", "dirty", "host", "device", "precision", "world_size")},
         "environment.versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),

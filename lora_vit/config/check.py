@@ -68,6 +68,8 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.augment", d.augment, "changes no colour: give one of data.color_jitter_* above 0")
     if d.batch_size == 1 and names[-1] in ("mixup", "cutmix"):
         refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")
+    if (per_class := d.train_per_class) and d.train_examples:
+        refuse("data.train_examples", d.train_examples, f"and data.train_per_class={per_class} are two ways: give one")
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")

@@ -20,6 +20,7 @@ TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can 
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")  # that make a torchvision ViT
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
+_IMAGES = number("a number of images", "[1, inf)", ", or null for all")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 _WHERE = NO_IDENTITY | {"as_before": None}  # what it leads to is told apart by its content
 _CUT = text("(?!)", "is what lora-vit cut writes, the rank that was trained: leave it out")
@@ -73,8 +74,11 @@ class DataConfig:
     cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
     val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
-    test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)", ", or null for no test images"))
-    train_per_class: int | None = field(metadata=number("a number of images", "[1, inf)", ", or null for all"))
+    test_fraction: float | None = field(metadata=number("a fraction", "[0, 1)", ", or null for no test images"))
+    train_per_class: int | None = field(metadata=_IMAGES)
+    train_examples: int | None = field(metadata=_IMAGES | {"as_before": None})
+    group: Any = field(metadata={"as_before": None, "kind": "int or str or null"})  # folder level, pattern or column
+    on_broken: str = field(metadata=choice("refuse", "skip") | {"as_before": "refuse"})
     official_val: bool
     cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are
     cache_dir: str = field(metadata=NO_IDENTITY)

@@ -45,29 +45,32 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
     if (digests := digests_of(root, names, wanted.cache_dir, wanted.fetch)) is None:
         return None
     content = content_of(class_names, labels, ids, digests)
-    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir)
+    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, skip=wanted.on_broken == "skip")
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests, root, names)
 
 
-def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, decoding: Decoding) -> Decoded:
+def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, decoding: Decoding,
+            skip: bool = False) -> Decoded:  # fmt: skip
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content; runs that start together wait for the first. Without a size in
-    ``decoding`` all images must have one. Raises ConfigError for broken images, several sizes, no space or place.
+    ``decoding`` all images must have one. Raises ConfigError for several sizes, no space or place, and broken images
+    unless we ``skip`` them.
     """
-    how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"
+    how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}{' skip' * skip}\n"
     path = cache_dir / f"images-{hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]}.npy"
     if found := _open(path):
         return found
     with writing_to(cache_dir), locked_in(cache_dir, path.name):
-        return _open(path) or _build(root, names, digests, decoding, path)  # another run may just have made it
+        return _open(path) or _build(root, names, digests, decoding, path, skip)  # another run may have made it
 
 
 def _open(path: Path) -> Decoded | None:
     """The cache, or None if it is absent or damaged (the disk's doing: we replace it whole)."""
     try:
-        low_high, told, digest = json.loads(path.with_suffix(".json").read_text())
-        found = np.load(path, mmap_mode="r"), low_high and (float(low_high[0]), float(low_high[1])), tuple(told)
+        low_high, told, digest, *more = json.loads(path.with_suffix(".json").read_text())
+        low_high = low_high and (float(low_high[0]), float(low_high[1]))
+        found = np.load(path, mmap_mode="r"), low_high, tuple(told), dict(*more)
         return found if digest == _digest(path) else None
     except Exception:  # damaged in one of many ways
         return None
@@ -83,7 +86,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path) -> Decoded:
+def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, skip: bool) -> Decoded:
     shape: tuple[int, ...] = (len(names), 3, 1, 1)  # where none decodes, all are named below
     for name in names:
         with contextlib.suppress(ConfigError):
@@ -98,14 +101,18 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
         notes = _run(root, names, digests, decoding, partial)
         deep = {name: values for name, kind, values in notes if kind == "values"}
-        if deep and all(kind != "broken" for _, kind, _ in notes):
+        if deep and (skip or all(kind != "broken" for _, kind, _ in notes)):
             # one range for all, so that equal values stay equal
-            decoding = replace(decoding, value_range=_range_of(root, deep, len(names)))
+            sound = len(names) - sum(kind == "broken" for _, kind, _ in notes)
+            decoding = replace(decoding, value_range=_range_of(root, deep, sound))
             notes = _run(root, names, digests, decoding, partial)
-        if broken := sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken"):
-            more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-            count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
-            raise ConfigError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; repair or remove them")
+        broken = {name: why for name, kind, why in notes if kind == "broken"}
+        if broken and not skip:
+            named = sorted(f"{shown(name)} ({why})" for name, why in broken.items())
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            count = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
+            remedy = "repair or remove them, or leave them out by data.on_broken=skip"
+            raise ConfigError(f"{count}: {', '.join(named[:_NAMED])}{more}; {remedy}")
         for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
             differs = f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}"
             raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
@@ -114,9 +121,10 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         told = Counter(what for _, what, nothing in notes if nothing is None)
         value_range = decoding.value_range if "more than 8 bits" in told else None
         lines = [f"{count:,} file{'s' * (count > 1)} with {what}" for what, count in sorted(told.items())]
-        write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial)])
+        rows = {row: broken[name] for row, name in enumerate(names) if name in broken}
+        write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial), [*rows.items()]])
         os.replace(partial, path)
-        return np.load(path, mmap_mode="r"), value_range, tuple(lines)
+        return np.load(path, mmap_mode="r"), value_range, tuple(lines), rows
     finally:
         partial.unlink(missing_ok=True)
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
+from lora_vit.data.files import Listing
 from lora_vit.data.preprocessing import Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, user_path
+from lora_vit.records import NO_TEST
 
-# Images uint8 [N, 3, h, w], the values that became 0 and 255, and notes on files, each with their number.
-Decoded = tuple[np.ndarray, Range | None, tuple[str, ...]]
+# Images uint8 [N, 3, h, w], what became 0 and 255, notes on files, and why some cannot be read, by sample id.
+Decoded = tuple[np.ndarray, Range | None, tuple[str, ...], dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Wanted:
 class Found:
     """What a data set consists of, before it is decoded and divided."""
 
-    labels: np.ndarray  # int64 [N], indices into class_names
+    labels: np.ndarray  # int64 [N], indices into class_names; -1 of what is left out
     class_names: list[str]
     parts: dict[str, np.ndarray]  # sample ids, int64, of train and of what is given apart: val, test, official_val
     content: str  # which images with which classes, as content_of says it
@@ -55,6 +57,7 @@ class Found:
     names: Sequence[str] = ()  # their paths below it, in the order of the sample ids
     groups: np.ndarray | None = None  # equal values [N] for images that stay in one part, of a table's column
     source: str | None = None  # where they came from, with its revision, if not from the user's own files
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # files and classes by why they are in no part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +72,9 @@ class ImageData(Found):
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
-        sizes: dict[str, Any] = {name: len(ids) for name, ids in self.splits.items()}
-        sizes |= {"source": self.source} if self.source else {}
-        return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
+        sizes: dict[str, Any] = {"test": 0, **{name: len(ids) for name, ids in self.splits.items()}}
+        beside = {key: own for key in ("source", "left_out") if (own := getattr(self, key))}
+        return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes, **beside}
 
     def line(self, image_size: int, metric: str = "") -> str:
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
@@ -79,26 +82,34 @@ class ImageData(Found):
         used = sum(map(len, self.splits.values()))
         classes = f"{', '.join(self.class_names[:3])}{', ...' if len(self.class_names) > 3 else ''}"
         text = f"data: {used:,} images of {len(self.class_names):,} classes ({classes}): {sizes}"
-        if used < len(self.labels):
-            text += f"; {len(self.labels) - used:,} training images left out by data.train_per_class"
+        text += "" if {"test", "official_val"} & {*self.splits} else f"; {NO_TEST}"
+        if (images := len(self.splits["val"])) < 400:
+            text += f"; one of {images} val images is {100 / images:.2g} points"
+        there = np.flatnonzero(self.labels >= 0)
+        if unused := len(there) - used:
+            text += f"; {unused:,} training images left out by data.train_per_class or data.train_examples"
         height, width = self.images.shape[-2:]
         if min(height, width) < image_size:
             text += f"; {width}x{height} px, enlarged to {image_size} px"
         if self.decoding.value_range is not None:
             text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.decoding.value_range)
-        if self.digests is not None:
-            first = self.digests[:, :8].copy().view(np.uint64)[:, 0]
-            for name, ids in self.splits.items():
-                count = np.isin(first[ids], first[self.splits["train"]]).sum()
-                text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
-            order = np.lexsort((self.labels, first))
+        first = None if self.digests is None else self.digests[:, :8].copy().view(np.uint64)[:, 0]
+        for name, ids in self.splits.items():
+            for where, keys in (("", first), ("of groups ", self.groups)):
+                count = 0 if keys is None or name == "train" else np.isin(keys[ids], keys[self.splits["train"]]).sum()
+                text += f"; {count:,} images of {name} are {where}in train too" if count else ""
+            if len(lacking := np.setdiff1d(np.arange(len(self.class_names)), self.labels[ids])):
+                text += f"; classes without {name} images: {len(lacking):,} (as {self.class_names[lacking[0]]})"
+        if first is not None:
+            order = there[np.lexsort((self.labels[there], first[there]))]
             if len(at := np.flatnonzero((np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0))):
                 pair = " and ".join(self.class_names[label] for label in self.labels[order[at[0] : at[0] + 2]])
                 text += f"; {len(np.unique(first[order[at]])):,} images lie in two classes ({pair})"
-        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        counts = np.bincount(self.labels[there], minlength=len(self.class_names))
         if metric == "accuracy" and counts.max() > 3 * counts.min():
             text += f"; {counts.min():,} to {counts.max():,} images in a class: try trainer.metric=balanced_accuracy"
         text = "; ".join([text, *self.told])
+        text += f"; left out: {', '.join(Listing(Path(), self.left_out).lines())}" if self.left_out else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 
@@ -108,26 +119,42 @@ _NEEDED = {"root": "the folder", "labels": "the table", "dataset": "the name", "
 
 def load_data(config: DataConfig) -> ImageData:
     """The decoded and divided data set. Raises ConfigError, also where its content is not ``data.content``."""
-    from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
+    from lora_vit.data.splits import divide, groups_of  # import torch, which a command that only composes needs not
 
     found = find(config)
     assert found is not None
     if config.content not in (None, found.content):
         there = f"data.root={config.root} holds other images, labels or class names than asked for"
         raise ConfigError(f"{there}: {found.content}, not {config.content}")
-    splits, fingerprint = divide(found, config)
+    found = replace(found, groups=groups_of(found, config.group))
+    splits, fingerprint = divide(found, config)  # what cannot be divided need not be decoded
     given: Any = config.value_range and tuple(config.value_range)
     decoding = Decoding(config.cache_size, given, tuple(config.background))
-    images, value_range, told = found.decode(decoding)
+    images, value_range, told, broken = found.decode(decoding)
+    if config.on_broken == "skip":
+        splits, fingerprint = divide(found, config, broken)
+        found = _without(found, broken, splits["train"])
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
-    shade = int(images[0, 0, 0, 0])
-    if all(abs(image.astype("i2") - shade).max() < 3 for image in images):  # seldom looks at more than the first
+    shade = int(images[splits["train"][0], 0, 0, 0])
+    if all(abs(images[i].astype("i2") - shade).max() < 3 for i in splits["train"]):  # seldom more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
     decoding = replace(decoding, size=height if height == width else None, value_range=value_range)
     return ImageData(**vars(found), images=images, decoding=decoding, told=told, splits=splits, fingerprint=fingerprint)
+
+
+def _without(found: Found, broken: dict[int, str], train: np.ndarray) -> Found:
+    """The data set without broken images and classes that are not trained on."""
+    names, trained = found.class_names, np.isin(np.arange(len(found.class_names)), found.labels[train])
+    classes = [f"{names[c]} ({np.count_nonzero(found.labels == c):,})" for c in np.flatnonzero(~trained)]
+    files = [f"{shown(found.names[i])} ({why})" for i, why in sorted(broken.items())]
+    labels = np.where(trained, np.cumsum(trained) - 1, -1)[found.labels]
+    labels[[*broken]] = -1
+    left_out = {"broken files": files, "classes with too few images": classes}
+    left_out, kept = {why: n for why, n in left_out.items() if n}, [names[c] for c in np.flatnonzero(trained)]
+    return replace(found, labels=labels, class_names=kept, left_out=left_out)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
@@ -170,7 +197,7 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: list[str],
     images = np.ascontiguousarray(images)
     parts = parts or {"train": np.arange(len(labels))}
     content = content_of(class_names, labels, parts, np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8))
-    return Found(labels, class_names, parts, content, lambda _: (images, None, ()))
+    return Found(labels, class_names, parts, content, lambda _: (images, None, (), {}))
 
 
 def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.ndarray], digests: np.ndarray) -> str:

@@ -28,6 +28,8 @@ _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.B
 """Folders that file systems and file servers make, some with thumbnails of the images."""
 _PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
 _MARKS = re.compile("(?!with)(.*[ _-])?(mask|annot(ation)?|label|trimap|segmentation|ground_?truth|xml)s?", re.I)
+_OTHERS = dict.fromkeys((".heic", ".heif", ".hif"), "of HEIC, read after pip install pillow-heif")
+_OTHERS |= {".avif": "of AVIF, read after pip install pillow-avif-plugin", ".dcm": "of DICOM: save them as PNG or TIFF"}
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
@@ -37,8 +39,8 @@ _NAMED = 3  # files of a kind that one line names
 
 @functools.cache
 def image_endings() -> frozenset[str]:
-    """Lower-case endings of all files that Pillow opens."""
-    from PIL import Image
+    """Lower-case endings of all files that Pillow opens, with its plugins that are installed."""
+    from lora_vit.data.preprocessing import Image  # which asks them
 
     extensions = Image.registered_extensions()  # fills OPEN
     return frozenset(ending for ending, kind in extensions.items() if kind in Image.OPEN.keys() - _NO_PIXELS)
@@ -76,8 +78,9 @@ class Listing:
         """``3 hidden (.DS_Store, ...)`` for each reason."""
         said = []
         for reason, names in self.passed.items():
-            what = reason if len(names) > 1 else re.sub(r"^(folder|image|(broken )?link)s\b", r"\1", reason)
-            said.append(f"{len(names):,} {what} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})")
+            one = re.sub(r"^(folder|image|(broken )?(link|file)|class(?=es))e?s\b", r"\1", reason)
+            what, more = reason if len(names) > 1 else one, ", ..." * (len(names) > _NAMED)
+            said.append(f"{len(names):,} {what} ({', '.join(names[:_NAMED])}{more})")
         return tuple(said)
 
     def folders(self, root: Path) -> list[str]:
@@ -132,7 +135,7 @@ class Listing:
             elif _is_image(entry.path):
                 yield name, False
             else:
-                self.skip("no images", name)
+                self.skip(_OTHERS.get(os.path.splitext(name)[1].lower(), "no images"), name)
 
     def _is_own(self, folder: Path) -> bool:
         """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""

@@ -46,11 +46,9 @@ def find(wanted: Wanted) -> Found | None:
         parts[part] = []
         for label, class_name in enumerate(classes):
             found = [name for each in own.get(class_name, []) for name in files.images(top, str(Path(folder, each)))]
-            if not found and part == "train":
+            if not found and part == "train" and wanted.on_broken != "skip":
                 holds = f"class folder {shown(place / class_name)} holds no image that Pillow can open"
                 raise ConfigError(f"{', '.join([holds, *files.lines()])}: fill or remove it")
-            if not found:
-                files.skip(f"classes without images in {folder}/", class_name)
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             remedy = "sort them so (links will do), or put ImageNet's LOC_val_solution.csv beside it"

@@ -8,6 +8,7 @@ It needs neither torch nor the data, so a deployed model can use it too:
 """
 
 import contextlib
+import importlib
 import json
 import os
 import warnings
@@ -24,6 +25,9 @@ from safetensors import SafetensorError, safe_open
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown
 
+for plugin in ("pillow_heif", "pillow_avif"):  # where they are installed; of the second to import it is all
+    with contextlib.suppress(ImportError):
+        getattr(importlib.import_module(plugin), "register_heif_opener", bool)()
 Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
 WHOLE = (0.0, 65535.0)  # of 16 bits
 ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_records import make_frame
+from made_up_records import make_frame, make_record
 
 from lora_vit.analysis import checks
+from lora_vit.analysis.load import row
 from lora_vit.analysis.stats import compare
 from lora_vit.errors import RecordError
 
@@ -125,6 +127,14 @@ def test_what_is_missing_is_counted(quiet):
     status = ["failed", "failed", "completed", "stopped", "failed", "stopped"]
     reason = ["nan", "nan", "no val_accuracy", "", "nan", ""]
     assert_told([(said,)], quiet, left_out=pd.DataFrame({"status": status, "reason": reason}))
+
+
+def test_what_the_data_lack_is_told(quiet):
+    record = make_record()
+    record.data |= {"test": 0, "left_out": {"broken files": ["a.png (cut)"] * 21}}
+    lacking = {key: value for key, value in row(record, Path("x"), []).items() if key in ("data.left_out", "data.test")}
+    told = [("Left out of the data: broken files: 21 (a.png (cut), ",), ("No test part: nothing is tested.",)]
+    assert_told(told, quiet.assign(**lacking))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_row_holds_settings_figures_costs_and_facts():
         "adapter_bytes": 32 * 27_648 + 6000, "trainable_parameters": 8 * 27_648 + 1290, "head_parameters": 1290,
         "adapter_parameters": 8 * 27_648, "total_parameters": 1_200_000 + 8 * 27_648,
         "data.fingerprint": "f00d", "data.classes": 10, "data.train": 100, "data.val": 720, "data.test": 720,
-        "environment.commit": "0123abc", "environment.dirty": False, "environment.host": "box",
+        "data.left_out": "", "environment.commit": "0123abc", "environment.dirty": False, "environment.host": "box",
         "environment.device": "cpu", "environment.precision": "fp32", "environment.world_size": 1,
         "environment.versions": "a 1, torch 2.11", "error": "loss is bad", "error_step": 12.0, "folder": "there",
         "sweep": str(Path.cwd()),

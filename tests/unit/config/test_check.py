@@ -43,8 +43,10 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.cutmix_alpha": ([], [0.0, math.inf], "above 0"),
     "data.split_seed": ([0, 1], [-1], "from 0 up"),
     "data.val_fraction": ([0.001, 0.7], [0.0, 1.0], "a fraction in (0, 1)"),
-    "data.test_fraction": ([0.001, 0.7], [0.0, 1.0], "a fraction in (0, 1)"),
+    "data.test_fraction": ([0.0, 0.001, 0.7], [-0.1, 1.0], "a fraction in [0, 1)"),
     "data.train_per_class": ([1, None], [0], "or null for all"),
+    "data.train_examples": ([1, None], [0], "or null for all"),
+    "data.on_broken": (["skip"], ["drop"], "(one of: refuse, skip)"),
     "data.cache_size": ([8, None], [7], "pixels from 8 up"),
     "data.background": ([[0, 0, 0], [255, 255, 255]], [[0, 0], [0, 0, 256], [-1, 0, 0]], "green, blue in [0, 255]"),
     "data.value_range": ([[0.0, 4095.0], [-1.5, 1.0], None], [[0.0], [0.0, math.inf]], "low and high"),
@@ -86,7 +88,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
 }  # fmt: skip
 FREE = {"model.name", "model.weights", "model.weights_sha256", "data.root", "data.official_val", "data.cache_dir",
         "data.content", "data.labels", "data.images", "data.image_column", "data.label_column", "data.split_column",
-        "data.dataset", "data.target", "trainer.compile", "trainer.deterministic",
+        "data.dataset", "data.target", "data.group", "trainer.compile", "trainer.deterministic",
         "trainer.checkpoint_activations"}  # fmt: skip
 """Settings without bounds of their own."""
 
@@ -129,6 +131,7 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     ({"data.name": "tiny_imagenet", "data.cache_size": 16}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, ()),
     ({"data.name": "table", "data.root": "a", "data.images": "b"}, ("data.images=b and data.root=a", "give one")),
+    ({"data.train_examples": 9, "data.train_per_class": 2}, ("data.train_examples=9 and data.train_per_class=2",)),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ("data.val_fraction=0.5 and data.test_fraction=0.5",
                                                              "below 1")),
     ({"data.official_val": True, "data.name": "tiny_imagenet"}, ()),

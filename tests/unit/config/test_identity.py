@@ -22,6 +22,7 @@ AS_BEFORE = {"data.dataset", "data.background", "data.value_range", "data.random
              "data.cutmix_alpha",
              "data.randaugment_num_ops", "data.randaugment_magnitude", "data.color_jitter_brightness",
              "data.color_jitter_contrast", "data.color_jitter_saturation", "data.color_jitter_hue",
+             "data.train_examples", "data.group", "data.on_broken",
              "optimizer.name", "optimizer.momentum",
              "optimizer.head_lr", "optimizer.lora_b_lr_ratio", "optimizer.class_weights", "lora.cut"}  # fmt: skip
 """Added later, and in the small trial at the value that means as before."""
@@ -37,7 +38,8 @@ CANONICAL: dict[str, Any] = {
 }
 SETTINGS = [(f"{section}.{key}", value) for section, keys in PLAIN.items() if section in SECTIONS
             for key, value in keys.items()]  # fmt: skip
-OTHERS = {"lora.blocks": [1], "model.mean": [0.5], "model.std": [0.5], "data.value_range": [0.0, 1.0],
+OTHERS = {"data.group": 1, "data.train_examples": 4,
+          "lora.blocks": [1], "model.mean": [0.5], "model.std": [0.5], "data.value_range": [0.0, 1.0],
           "optimizer.clip_norm": 1.0, "optimizer.head_lr": 1.0, "data.augment": ["mixup"]}
 """Another value of a setting where :func:`another` would give none that counts."""
 

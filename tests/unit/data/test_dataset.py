@@ -23,7 +23,7 @@ def image_data(**changes: Any) -> ImageData:
     values: dict[str, Any] = {
         **{"parts": {}, "content": "", "decode": None},
         "images": np.zeros((1, 3, 20, 30), np.uint8),
-        "labels": np.zeros(2010, np.int64),
+        "labels": np.arange(2010) % 2,
         "class_names": ["cat", "dog"],
         "splits": splits,
         "fingerprint": "f00d",
@@ -47,13 +47,15 @@ def test_what_a_record_says_of_the_data():
 @pytest.mark.parametrize(
     ("changes", "size", "told"),
     [
-        ({"labels": np.zeros(2500, int)}, 20, "; 490 training images left out by data.train_per_class"),
-        ({"labels": np.zeros(2011, int)}, 20, "; 1 training images left out by data.train_per_class"),
+        ({"labels": np.arange(2500) % 2}, 20,
+         "; 490 training images left out by data.train_per_class or data.train_examples"),
         ({}, 20, ""),
         ({}, 21, "; 30x20 px, enlarged to 21 px"),
         ({"images": np.zeros((1, 3, 30, 20))}, 21, "; 20x30 px, enlarged to 21 px"),
-        ({"digests": digests((2001, 7), (2003, 9), (5, 6))}, 8, "; 2 images of val are in train too"),
-        ({"digests": digests((0, 1), (3, 2001)), "labels": np.arange(2010) % 2}, 8,
+        ({"digests": digests((2001, 7), (2003, 9), (5, 7))}, 8, "; 2 images of val are in train too"),
+        ({"groups": np.arange(2010) % 2002}, 8, "; 2 images of val are of groups in train too"
+         "; 6 images of test are of groups in train too"),
+        ({"digests": digests((0, 1), (3, 2001))}, 8,
          "; 1 images of val are in train too; 1 images lie in two classes (cat and dog)"),
         ({"decoding": Decoding(8, (0.5, 4095.0)), "told": ("1,200 files do", "1 not"),
           "passed_over": ("1 x (a)", "2 y (b)")}, 8,
@@ -62,14 +64,18 @@ def test_what_a_record_says_of_the_data():
     ],
 )  # fmt: skip
 def test_the_line_of_a_data_set(changes, size, told):
-    start = "data: 2,010 images of 2 classes (cat, dog): train 2,000, val 4, test 6"
+    start = "data: 2,010 images of 2 classes (cat, dog): train 2,000, val 4, test 6; one of 4 val images is 25 points"
     assert image_data(**changes).line(size) == start + told
-    few = image_data(labels=np.repeat([0, 1], [75, 25]))
-    assert few.line(20, "accuracy") == image_data().line(20), "three times as many"
-    few = image_data(labels=np.repeat([0, 1], [76, 25]))
-    told = "; 25 to 76 images in a class: try trainer.metric=balanced_accuracy"
+    labels = (np.arange(2010) % 4 == 0).astype(int)
+    few = image_data(labels=labels)
+    assert few.line(20, "accuracy") == image_data().line(20), "503 and 1,507: not three times as many"
+    labels[0] = 0
+    few = image_data(labels=labels)
+    told = "; 502 to 1,508 images in a class: try trainer.metric=balanced_accuracy"
     assert few.line(20, "accuracy") == image_data().line(20) + told
     assert few.line(20, "macro_f1") == image_data().line(20)
+    untested = image_data(splits={"train": np.arange(1610), "val": np.arange(1610, 2010)})
+    assert untested.line(8).endswith("train 1,610, val 400; no test part: nothing is tested")
     assert "of 1,000 classes (x, x, x, ...): train" in image_data(class_names=["x"] * 1000).line(8)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import struct
 import threading
 
@@ -18,7 +19,7 @@ from lora_vit import randomness
 from lora_vit.data import stream
 from lora_vit.data.augment import Transform, mixed
 from lora_vit.data.dataset import Found
-from lora_vit.data.splits import divide
+from lora_vit.data.splits import divide, groups_of
 from lora_vit.data.stream import Samples, TrainStream
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
@@ -28,10 +29,11 @@ NAMES = list("abcde")
 IDS = np.arange(200)
 
 
-def divided(ids=IDS, labels=LABELS, parts=None, **changes) -> tuple[dict[str, np.ndarray], str]:
+def divided(ids=IDS, labels=LABELS, parts=None, groups=None, **changes) -> tuple[dict[str, np.ndarray], str]:
     """Splits and fingerprint; ``parts``: what is given apart."""
     values = {"val_fraction": 0.1, "test_fraction": 0.2, "split_seed": 0, "batch_size": 1, **changes}
-    found = Found(labels, NAMES, {"train": ids, **(parts or {})}, "content", lambda _: pytest.fail("decoded"))
+    parts = {"train": ids, **(parts or {})}
+    found = Found(labels, NAMES, parts, "content", lambda _: pytest.fail("decoded"), groups=groups)
     return divide(found, dataclasses.replace(plain_trial().data, **values))
 
 
@@ -161,3 +163,72 @@ def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_fre
     assert (held._resident is not None) == resident
     assert (images.device.type, labels.device.type) == ("cuda", "cuda")
     assert (images.shape, labels.shape) == ((5, *data.images.shape[1:]), (5,))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("given", [False, True])
+def test_groups_are_whole_and_parts_have_their_fractions(given, seed):
+    """Of 900 images in groups of 1 to 12 and several classes, in any order; each class but those in one group."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(200), rng.integers(1, 13, 200))[:900]
+    labels = np.where(rng.random(900) < 0.1, rng.integers(0, 5, 900), groups % 5)
+    ids = rng.permutation(900)
+    parts = {"val": ids[:90]} if given else {}
+    splits, fingerprint = divided(ids[90 * given :], labels, parts, groups=groups, split_seed=seed)
+    whole = {part: found for part, found in splits.items() if part not in parts}
+    assert sorted(np.concatenate([*splits.values()])) == list(range(900))
+    assert sum(len({*groups[found]}) for found in whole.values()) == len({*groups[np.concatenate([*whole.values()])]})
+    for part, fraction in {"val": 0.1, "test": 0.2}.items():
+        for label in range(5) if part in whole else ():
+            there = labels[np.concatenate([*whole.values()])]
+            assert abs((labels[splits[part]] == label).sum() / (there == label).sum() - fraction) < 0.05
+    again = divided(rng.permutation(ids[90 * given :]), labels, parts, groups=groups, split_seed=seed)
+    other = divided(ids[90 * given :], labels, parts, groups=groups, split_seed=seed + 1)
+    assert again[1] == fingerprint != other[1]
+
+
+def test_groups_of_a_class_are_in_train_first_and_none_is_too_large_for_all():
+    one_group = np.where(LABELS == 2, 0, np.arange(200))
+    splits, _ = divided(groups=one_group)
+    assert [np.isin(np.flatnonzero(LABELS == 2), ids).sum() for ids in splits.values()] == [40, 0, 0]
+    with pytest.raises(ConfigError, match=r"data\.group=None leaves val and test empty: give larger fractions"):
+        divided(groups=np.zeros(200))
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [(1, [0, 0, 1, 0]), (2, [0, 1, 2, 0]), (r"/(p\d)", [0, 0, 1, 0]), ("(.)[.]png", [0, 1, 0, 0]),
+     (3, "4 of 4 files are without it"), (0, "without it"), ("t/(p[^2])", r"2 of .* \((train/)?cat/p2/left/0.png, "),
+     ("(p", "missing"), ("p", "not one pair"), ("(p)(1)", "not one pair")],
+)  # fmt: skip
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_groups_by_folders_and_by_patterns(above, group, expected):
+    """Below the class's folder; a patient of two classes is one."""
+    names = [f"{above}{name}.png" for name in ("cat/p1/left/0", "cat/p1/right/1", "cat/p2/left/0", "dog/p1/left/0")]
+    found = Found(np.array([0, 0, 0, 1]), ["cat", "dog"], {"train": np.arange(4)}, "", lambda _: None, names=names)
+    if isinstance(expected, list):
+        assert groups_of(found, group).tolist() == expected
+    else:
+        with pytest.raises(ConfigError, match=rf"^data\.group={re.escape(str(group))}.*{expected}"):
+            groups_of(found, group)
+    with pytest.raises(ConfigError, match="they are no files"):
+        groups_of(dataclasses.replace(found, names=()), 1)
+    column = np.array(["b", "a", "b", ""], object)
+    with pytest.raises(ConfigError, match="1 of 4 files are without it"):
+        groups_of(dataclasses.replace(found, groups=column), "patient")
+
+
+def test_training_examples_are_as_the_classes_are_and_a_subset_of_more():
+    """Of classes of 4, 40, 80 and 160: of each at least one, and none has fewer of more."""
+    labels, before = np.repeat(np.arange(4), [4, 40, 80, 160]), set[int]()
+    for number in (4, 5, 8, 50, 51, 90, 196):
+        splits, _ = divided(np.arange(284), labels, train_examples=number, split_seed=1)
+        train = set(splits["train"].tolist())
+        assert before <= train
+        assert len(train) == number
+        counts, wanted = np.bincount(labels[list(train)]), number * np.array([2, 28, 56, 112]) / 198
+        assert (np.abs(counts - wanted) < (1 if number > 40 else 2)).all()
+        before = train
+    for wrong in (3, 199):
+        with pytest.raises(ConfigError, match=rf"data\.train_examples={wrong}: there are 198 training images of 4"):
+            divided(np.arange(284), labels, train_examples=wrong)
