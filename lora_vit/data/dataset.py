@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
+from lora_vit.data.decode import Streamed
 from lora_vit.data.preprocessing import Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, user_path
 
 # Images uint8 [N, 3, h, w], the values that became 0 and 255, and notes on files, each with their number.
-Decoded = tuple[np.ndarray, Range | None, tuple[str, ...]]
+Decoded = tuple[np.ndarray | Streamed, Range | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Wanted:
     cache_dir: Path
     official_val: bool = False
     cache_size: int | None = None
+    cache: str = "auto"
     fetch: bool = field(default=True, compare=False)  # download and read what is not known yet, or else return None
 
 
@@ -50,7 +52,7 @@ class Found:
 class ImageData(Found):
     """A decoded and divided data set."""
 
-    images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map
+    images: np.ndarray | Streamed  # uint8 [N, 3, h, w], perhaps a read-only memory map
     decoding: Decoding  # how they became so, and how another file becomes like them
     told: tuple[str, ...] = ()  # as in Decoded
     splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
@@ -108,8 +110,9 @@ def load_data(config: DataConfig) -> ImageData:
     images, value_range, told = found.decode(decoding)
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
-    shade = int(images[0, 0, 0, 0])
-    if all(abs(image.astype("i2") - shade).max() < 3 for image in images):  # seldom looks at more than the first
+    shade = int(images[0][0, 0, 0])
+    each = map(images.__getitem__, range(len(found.labels)))
+    if all(abs(image.astype("i2") - shade).max() < 3 for image in each):  # seldom looks at more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
@@ -136,7 +139,7 @@ def _find(config: DataConfig, fetch: bool = True) -> Found | None:
     if not known.in_package and cache_dir.parts[0] == "~":
         raise ConfigError(f"data.cache_dir={cache_dir}: no home folder is known here, give another folder or set HOME")
     size = config.cache_size if known.in_package else None
-    if (wanted := Wanted(config.name, root, cache_dir, config.official_val, size, fetch)) not in _FOUND:
+    if (wanted := Wanted(config.name, root, cache_dir, config.official_val, size, config.cache, fetch)) not in _FOUND:
         try:  # imported when chosen: each needs another heavy package
             if (found := import_module(f"lora_vit.data.{known.loader}").find(wanted)) is not None:
                 _FOUND[wanted] = found

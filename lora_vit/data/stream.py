@@ -12,30 +12,33 @@ from torch import Tensor
 from lora_vit import randomness
 from lora_vit.data.augment import Transform, mixed, to_device
 from lora_vit.data.dataset import ImageData
+from lora_vit.data.decode import Streamed
 from lora_vit.distributed import Process
 
 _DEVICE_SHARE = 0.25  # largest part of a GPU's free memory that the uint8 images may take
 _PIECE = 1 << 26  # bytes that are copied there at once: no more of them are in the host's own memory
-_AHEAD = 3  # batches for a GPU that are read before they are asked for, side by side: a disk gives more to several
+_AHEAD = 3  # batches that are read or decoded before they are asked for, side by side: a disk gives more to several
 
 
 class Samples:
-    """The uint8 images of a data set where batches are gathered from: on the GPU if there is room, else mapped."""
+    """The uint8 images of a data set where batches are gathered from: on the GPU if there is room, else as they are."""
 
     def __init__(self, data: ImageData, device: torch.device):
         self.device, self.data = device, data
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
-        self._readers = ThreadPoolExecutor(_AHEAD)
-        if device.type == "cuda" and data.images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.empty(data.images.shape, dtype=torch.uint8, device=device)
-            count = 1 + data.images.nbytes // _PIECE
-            for piece, here in zip(np.array_split(data.images, count), self._resident.tensor_split(count), strict=True):
+        self._readers, images = ThreadPoolExecutor(_AHEAD), data.images
+        self._is_streamed = isinstance(images, Streamed)
+        room = _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if isinstance(images, np.ndarray) and images.nbytes < room:
+            self._resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
+            count = 1 + images.nbytes // _PIECE
+            for piece, here in zip(np.array_split(images, count), self._resident.tensor_split(count), strict=True):
                 here.copy_(to_device(np.array(piece), device))
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, Callable[[], tuple[Tensor, Tensor]]]:
-        """The ids, and what then gives their :meth:`gather`: images on a disk are for a GPU read by another thread."""
-        is_ahead = self.device.type == "cuda" and self._resident is None
+        """The ids, and what then gives their :meth:`gather`: other threads decode, and read from a disk for a GPU."""
+        is_ahead = self._is_streamed or (self.device.type == "cuda" and self._resident is None)
         return ids, self._readers.submit(self.gather, ids).result if is_ahead else functools.partial(self.gather, ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
