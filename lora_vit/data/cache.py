@@ -9,7 +9,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +17,15 @@ import psutil
 
 from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
 from lora_vit.data.decode import Note, Streamed, decode
-from lora_vit.data.files import Listing, facts_of, locked_in, writing_to
+from lora_vit.data.files import Listing, facts_of, in_threads, locked_in, writing_to
 from lora_vit.data.preprocessing import DEEP, KINDS, WHOLE, Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, write_json
-from lora_vit.terminal import Progress
 
 _FORMAT = 4
 _NAMED = 20  # broken files that one message names
-_CHUNK = 64  # most images that a thread decodes before it reports
-_MEMORY_SHARE, _DISK_SHARE = 0.25, 0.5  # largest parts of what is free that a cache takes by itself
+_CHUNK = 32  # most images that a thread decodes before it reports
+_MEMORY_SHARE, _DISK_SHARE = 0.25, 0.5  # largest parts of what is free, of memory since it keeps what is mapped
 _BLOCK, _BLOCKS = 1 << 20, 256  # bytes and number of the parts of a cache that are read again when it is opened
 _LEVELS = 32  # of 256: fewer for nearly all pixels of deep images show that a value stands alone
 
@@ -42,7 +40,7 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
     ids = dict(zip(parts, np.split(np.arange(len(names)), ends[:-1]), strict=True))
     if (facts := facts_of(root, names, wanted.cache_dir, wanted.fetch)) is None:
         return None
-    digests, heads = facts
+    digests, heads = facts["digest"].copy(), facts["head"]
     content = content_of(class_names, labels, ids, digests)
     decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, cache=wanted.cache, heads=heads)
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests, root, names)
@@ -60,31 +58,25 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
     path = cache_dir / f"images-{hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]}.npy"
     if cache in ("auto", "disk") and (found := _open(path)):
         return found
-    with writing_to(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    shape, memory = _shape_of(root, names, decoding), psutil.virtual_memory().available
-    needed, disk = math.prod(shape), shutil.disk_usage(cache_dir).free
-    sizes = f"{_gib(needed)} decoded, {_gib(memory)} of memory and {_gib(disk)} of {shown(cache_dir)} free"
-    is_ranged = decoding.value_range is not None or heads is None or not _count(heads, DEEP)
-    cache = place_of(cache, needed, memory, disk, heads is not None and is_ranged)
+    needed = math.prod(shape := _shape_of(root, names, decoding))
+    free = psutil.virtual_memory().available, shutil.disk_usage(cache_dir).free
+    gib = [n / 2**30 for n in (needed, *free)]
+    sizes = "{:,.1f} GiB decoded, {:,.1f} of memory and {:,.1f} of data.cache_dir free".format(*gib)
+    can_stream = heads is not None and (decoding.value_range is not None or not heads[DEEP].any())
+    cache = place_of(cache, needed, *free, can_stream)
     if cache == "none" and heads is not None:
         return _streamed(root, names, digests, decoding, heads, shape, sizes)
-    if needed > (memory if cache == "memory" else disk):
+    if needed > free[cache == "disk"]:
         raise ConfigError(f"data.cache={cache}: {sizes}: give data.cache=none, or a smaller data.cache_size")
     if cache == "memory":
         images = np.empty(shape, np.uint8)
-        value_range, lines = _fill(root, names, digests, decoding, images)
-        images.setflags(write=False)
-        return images, value_range, lines
+        return images, *_fill(root, names, digests, decoding, images)
     with writing_to(cache_dir), locked_in(cache_dir, path.name):
         return _open(path) or _build(root, names, digests, decoding, path, shape)  # another run may have made it
 
 
 def place_of(asked: str, needed: int, memory: int, disk: int, can_stream: bool) -> str:
-    """Where decoded images of so many bytes go, ``disk``, ``memory`` or ``none``, by what is free of both.
-
-    ``auto``: to the disk, where a quarter of the memory can keep them and half of the disk holds them.
-    """
+    """Where ``data.cache`` puts decoded images of so many bytes; ``auto``: on the disk up to shares of what is free."""
     fits = needed <= _MEMORY_SHARE * memory and needed <= _DISK_SHARE * disk
     return asked if asked != "auto" else "disk" if fits or not can_stream else "none"
 
@@ -100,34 +92,25 @@ def _shape_of(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ..
 def _streamed(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, heads: np.ndarray,
               shape: tuple[int, ...], sizes: str) -> Decoded:  # fmt: skip
     """Raises ConfigError for what headers show to be broken or of another size, and for deep files without a range."""
-    from joblib import cpu_count
-
     which, sides = np.flatnonzero(heads["width"] == 0), (shape[3], shape[2])
-    notes = decode(root, [names[i] for i in which], digests[which], decoding, np.empty_like(which, shape=shape), 0)
+    nowhere = np.empty((len(which), *shape[1:]), np.uint8)
+    notes = decode(root, [names[i] for i in which], digests[which], decoding, nowhere, 0)
     if decoding.size is None:
         others = np.flatnonzero((heads["width"] != sides[0]) | (heads["height"] != sides[1]))
-        notes += [(names[i], "size", "{}x{}".format(*heads[i])) for i in others if heads["width"][i]]
+        notes += [(names[i], "size", "{}x{}".format(*heads[i].item())) for i in others if heads["width"][i]]
     _refuse(root, notes, sides)
-    counts = {kind: _count(heads, kind) for kind in KINDS}
+    counts = {kind: int(heads[kind].sum()) for kind in KINDS}
     if counts[DEEP] and decoding.value_range is None:
         what = f"data.cache=none: {counts[DEEP]:,} of {len(names):,} images below {shown(root)} have {DEEP}"
         raise ConfigError(f"{what}: give data.value_range=[low,high], or data.cache=disk, which finds it")
     lines = (f"decoded when needed ({sizes})", *_lines(counts))
-    images = Streamed(root, names, digests, decoding, shape, cpu_count())
-    return images, decoding.value_range if counts[DEEP] else None, lines
-
-
-def _count(heads: np.ndarray, kind: str) -> int:
-    return int(np.count_nonzero(heads["kinds"] & (1 << KINDS.index(kind))))
+    value_range = decoding.value_range if counts[DEEP] else None
+    return Streamed(root, names, digests, decoding, shape), value_range, lines
 
 
 def _lines(counts: Mapping[str, int]) -> tuple[str, ...]:
     """``3 files with ...`` for each kind of files that are there."""
     return tuple(f"{n:,} file{'s' * (n > 1)} with {what}" for what, n in sorted(counts.items()) if n)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB"
 
 
 def _open(path: Path) -> Decoded | None:
@@ -213,21 +196,8 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
 
 def _run(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Path | np.ndarray) -> list[Note]:
     """Decode all files, in threads: what decodes lets go of the interpreter's lock."""
-    from joblib import cpu_count  # those that this process may use
 
-    count = cpu_count()
-    length = max(1, min(_CHUNK, len(names) // (8 * count)))
-    starts, notes = range(0, len(names), length), list[Note]()
+    def work(here: slice) -> list[Note]:
+        return decode(root, names[here], digests[here], decoding, out, here.start)
 
-    def part(start: int) -> list[Note]:
-        here = slice(start, start + length)
-        return decode(root, names[here], digests[here], decoding, out, start)
-
-    with Progress("decoding images", len(names)) as bar, ThreadPoolExecutor(count) as pool:
-        try:
-            for start, answer in zip(starts, pool.map(part, starts), strict=True):
-                notes += answer
-                bar.advance(min(length, len(names) - start))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return notes
+    return list(in_threads(work, len(names), _CHUNK, "decoding images"))

@@ -110,9 +110,9 @@ def load_data(config: DataConfig) -> ImageData:
     images, value_range, told = found.decode(decoding)
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
-    shade = int(images[0][0, 0, 0])
-    each = map(images.__getitem__, range(len(found.labels)))
-    if all(abs(image.astype("i2") - shade).max() < 3 for image in each):  # seldom looks at more than the first
+    one = lambda i: images[np.array([i])][0].astype("i2")  # noqa: E731
+    shade = int(one(0)[0, 0, 0])
+    if all(abs(one(i) - shade).max() < 3 for i in range(len(found.labels))):  # seldom looks at more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]

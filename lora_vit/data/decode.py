@@ -1,7 +1,6 @@
 """Decoding many files: into one array, or those that are asked for (``Streamed``)."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,25 +20,19 @@ more than 8 bits and there is no range to scale them by. Anything else is a note
 """
 
 
-def read(root: Path, name: str, digest: np.ndarray, decoding: Decoding) -> tuple[np.ndarray, set[str]]:
-    """What :meth:`Decoding.read` finds in a file. Raises ValueError where its sha256 is another."""
-    if hashlib.sha256(content := Path(root, name).read_bytes()).digest() != digest.tobytes():
-        raise ValueError("it changed after it was first read: run the command again")
-    return decoding.read(content, find=True)
-
-
-def decode(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding,
-           out: Path | np.ndarray, start: int) -> list[Note]:  # fmt: skip
-    """Decode files of ``root`` into the rows from ``start`` on of an array, or of the one in a file. Raises OSError.
+def decode(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Any, start: int) -> list[Note]:
+    """Decode files of ``root`` into rows from ``start`` on of ``out``, an array or a file with one. Raises OSError.
 
     Returns what there is to say of some of them.
     """
     array: Any = out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r")
-    notes: list[Note] = []
-    rows = np.zeros((len(names), *array.shape[1:]), np.uint8)
+    here, notes = slice(start, start + len(names)), list[Note]()
+    rows = array[here] if array is out else np.zeros((len(names), *array.shape[1:]), np.uint8)
     for row, name, digest in zip(rows, names, digests, strict=True):
         try:
-            pixels, told = read(root, name, digest, decoding)
+            if hashlib.sha256(content := Path(root, name).read_bytes()).digest() != digest.tobytes():
+                raise ValueError("it changed after it was first read: run the command again")
+            pixels, told = decoding.read(content, find=True)
         except Exception as error:
             notes.append((name, "broken", reason(error)))
             continue
@@ -50,48 +43,38 @@ def decode(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         else:
             row[:] = pixels
             notes += [(name, what, None) for what in told]
-    if isinstance(out, np.ndarray):
-        out[start : start + len(rows)] = rows
-        return notes
-    # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
-    with open(out, mode="r+b") as file:
-        file.seek(array.offset + start * rows[0].nbytes)
-        file.write(rows.data)
+    if array is not out:
+        # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
+        with open(out, mode="r+b") as file:
+            file.seek(array.offset + start * rows[0].nbytes)
+            file.write(rows.data)
     return notes
 
 
 class Streamed:
-    """Stands where an array of all images would, uint8 [N, 3, h, w], and decodes those that are asked for, in threads.
+    """Stands where an array of all images would, uint8 [N, 3, h, w], and decodes those whose ids are asked for.
 
-    An index is an id or an array of ids. Raises ConfigError for a file that cannot be decoded so.
+    Raises ConfigError for a file that cannot be decoded so.
     """
 
     def __init__(self, root: Path, names: Sequence[str], digests: np.ndarray, decoding: Decoding,
-                 shape: tuple[int, ...], threads: int):  # fmt: skip
+                 shape: tuple[int, ...]):  # fmt: skip
+        from joblib import cpu_count  # of the cores that this process may use
+
         self.root, self.names, self.digests, self.decoding = root, names, digests, decoding
-        self.shape, self.nbytes, self.threads = shape, math.prod(shape), threads
-        self._pool = ThreadPoolExecutor(threads)  # which starts none before it is used: a process may fork until then
+        self.shape, self._threads = shape, cpu_count()
+        self._pool = ThreadPoolExecutor(self._threads)
 
-    def __getitem__(self, ids: Any) -> np.ndarray:
-        if np.ndim(ids) == 0:
-            return self._one(ids)
-        rows = np.empty((len(ids), *self.shape[1:]), np.uint8)
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        rows, length = np.empty((len(ids), *self.shape[1:]), np.uint8), -(-len(ids) // self._threads)
 
-        def fill(places: np.ndarray) -> None:
-            for place in places:
-                rows[place] = self._one(ids[place])
+        def part(start: int) -> list[Note]:
+            own = ids[start : start + length]
+            return decode(self.root, [self.names[i] for i in own], self.digests[own], self.decoding, rows, start)
 
-        list(self._pool.map(fill, np.array_split(np.arange(len(ids)), self.threads)))
+        for notes in self._pool.map(part, range(0, len(ids), length)):
+            for name, kind, why in notes:
+                if why is not None:
+                    what = f"{shown(self.root / name)} cannot be decoded ({why if kind == 'broken' else f'its {kind}'})"
+                    raise ConfigError(f"{what}: repair or remove it; data.cache=disk finds all such files beforehand")
         return rows
-
-    def _one(self, at: int) -> np.ndarray:
-        try:
-            pixels, _ = read(self.root, self.names[at], self.digests[at], self.decoding)
-            if pixels.shape != self.shape[1:]:
-                raise ValueError(f"it becomes {pixels.shape}, not {self.shape[1:]}")
-            return pixels
-        except IndexError:
-            raise
-        except Exception as error:
-            name, remedy = shown(self.root / self.names[at]), "data.cache=disk finds all such files before it trains"
-            raise ConfigError(f"{name} cannot be decoded ({reason(error)}): repair or remove it; {remedy}") from None

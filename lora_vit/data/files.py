@@ -11,10 +11,11 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Every, Progress
 
+T = TypeVar("T")
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})  # Pillow only names them, or needs rare programs
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
@@ -149,12 +151,11 @@ class Listing:
 def digests_of(root: Path, names: Sequence[str], cache_dir: Path, fetch: bool = True) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; the rest as of :func:`facts_of`."""
     facts = facts_of(root, names, cache_dir, fetch)
-    return None if facts is None else facts[0]
+    return None if facts is None else facts["digest"].copy()
 
 
-def facts_of(root: Path, names: Sequence[str], cache_dir: Path,
-             fetch: bool = True) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
-    """Sha256 of each file below ``root``, uint8 [N, 32], and Head [N]; only files that changed since are read.
+def facts_of(root: Path, names: Sequence[str], cache_dir: Path, fetch: bool = True) -> np.ndarray | None:
+    """Of each file below ``root`` its sha256 (``digest``) and its ``head``; only files that changed since are read.
 
     None if files would have to be read and not ``fetch``. Raises OSError for a file, ConfigError for ``cache_dir``.
     """
@@ -180,8 +181,7 @@ def facts_of(root: Path, names: Sequence[str], cache_dir: Path,
                     with writing_to(cache_dir), replacing(store) as file:
                         rows = np.array([*kept.values()], f"V{_STAT.size + _FACTS.itemsize}")
                         np.savez(file, names=[*map(os.fsencode, kept)], rows=rows)
-    found = np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), _FACTS)
-    return found["digest"].copy(), found["head"].copy()
+    return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), _FACTS)
 
 
 def _kept(store: Path) -> dict[str, bytes]:
@@ -200,11 +200,24 @@ def _read(root: Path, names: list[str]) -> Iterator[bytes]:
         content = Path(root, name).read_bytes()
         return hashlib.sha256(content).digest() + np.array(head_of(content), Head).tobytes()
 
-    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
-    with Progress("reading images", len(names), len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
-        for part in pool.map(lambda chunk: [*map(facts, chunk)], chunks):
-            yield from part
-            bar.advance(len(part))
+    return in_threads(lambda here: map(facts, names[here]), len(names), _CHUNK, "reading images", len(names) < _CHUNK)
+
+
+def in_threads(work: Callable[[slice], Iterable[T]], count: int, most: int, what: str,
+               quiet: bool = False) -> Iterator[T]:  # fmt: skip
+    """What ``work`` gives for ``count`` files, piece by piece of at ``most`` so many; ``what`` the bar says is done."""
+    from joblib import cpu_count  # of the cores that this process may use
+
+    threads = cpu_count()
+    length = max(1, min(most, count // (8 * threads)))
+    pieces = [slice(i, min(i + length, count)) for i in range(0, count, length)]
+    with Progress(what, count, quiet) as bar, ThreadPoolExecutor(threads) as pool:
+        try:
+            for piece, found in zip(pieces, pool.map(lambda piece: list(work(piece)), pieces), strict=True):
+                yield from found
+                bar.advance(piece.stop - piece.start)
+        finally:  # what stops this takes back what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ WHOLE = (0.0, 65535.0)  # of 16 bits
 ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2
 DEEP, SEVERAL, ALPHA = "more than 8 bits", "several pictures: the first is used", "an alpha channel"
 KINDS = (DEEP, SEVERAL, ALPHA)  # of files, as their headers show them
+Head = np.dtype([("width", "<u4"), ("height", "<u4"), *((kind, "?") for kind in KINDS)])  # upright; 0 if unreadable
 _LOCK, _INSIDE, _FILTERS = threading.Lock(), list[Any](), contextlib.ExitStack()  # of threads for which Pillow reads
-Head = np.dtype([("width", "<u4"), ("height", "<u4"), ("kinds", "u1")])  # upright, 0 where unreadable; bits of KINDS
 
 
 @dataclass(frozen=True)
@@ -185,18 +185,16 @@ def _about(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def head_of(content: bytes) -> tuple[int, int, int]:
+def head_of(content: bytes) -> tuple[int | bool, ...]:
     """What a file's header tells of its first picture: the fields of Head."""
     with contextlib.suppress(Exception):
         if (head := _jpeg_head(content)) and not head[2]:
-            return (*head[:2], 0)
+            return (*head[:2], False, False, False)
         with _opened(content) as opened:
-            (width, height), turned = opened.size, opened.getexif().get(0x0112, 1) > 4
-            found = {DEEP} if _is_deep_colour(opened) or opened.mode.startswith(("I", "F")) else set()
-            found |= ({ALPHA} if opened.has_transparency_data else set()) | _several(opened)
-        kinds = sum(1 << i for i, kind in enumerate(KINDS) if kind in found)
-        return (height, width, kinds) if turned else (width, height, kinds)
-    return 0, 0, 0
+            is_deep = _is_deep_colour(opened) or opened.mode.startswith(("I", "F"))
+            sides = opened.size[:: -1 if opened.getexif().get(0x0112, 1) > 4 else 1]
+            return (*sides, is_deep, bool(_several(opened)), opened.has_transparency_data)
+    return 0, 0, False, False, False
 
 
 @contextlib.contextmanager
@@ -247,20 +245,18 @@ def _jpeg(content: bytes, size: int | None) -> Any:
 
     Straight at the smallest of 1/1, 1/2, 1/4, 1/8 that is not below ``size``, as Pillow's draft.
     """
-    if (head := _jpeg_head(content)) is None:
-        return None
-    width, height, may_turn = head
-    factor = next((f for f in (8, 4, 2) if size and min(width, height) // size >= f), 1)
-    least = {"min_width": -(-width // factor), "min_height": -(-height // factor)} if factor > 1 else {}
-    try:
-        image = Image.fromarray(simplejpeg.decode_jpeg(content, min_factor=factor, **least))
-    except ValueError:  # damaged, or of a rare kind
-        return None
-    if may_turn:
-        with _opened(content) as opened:
-            image.info = opened.info
-            image = ImageOps.exif_transpose(image)
-    return image
+    with contextlib.suppress(ValueError):  # of what is damaged
+        if head := _jpeg_head(content):
+            factor = next((f for f in (8, 4, 2) if size and min(head[:2]) // size >= f), 1)
+            least = [-(-side // factor) if factor > 1 else 0 for side in head[:2]]
+            pixels = simplejpeg.decode_jpeg(content, min_width=least[0], min_height=least[1], min_factor=factor)
+            image = Image.fromarray(pixels)
+            if not head[2]:
+                return image
+            with _opened(content) as opened:
+                image.info = opened.info
+            return ImageOps.exif_transpose(image)
+    return None
 
 
 def reason(error: Exception) -> str:

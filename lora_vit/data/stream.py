@@ -28,7 +28,6 @@ class Samples:
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
         self._readers, images = ThreadPoolExecutor(_AHEAD), data.images
-        self._is_streamed = isinstance(images, Streamed)
         room = _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         if isinstance(images, np.ndarray) and images.nbytes < room:
             self._resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
@@ -38,7 +37,7 @@ class Samples:
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, Callable[[], tuple[Tensor, Tensor]]]:
         """The ids, and what then gives their :meth:`gather`: other threads decode, and read from a disk for a GPU."""
-        is_ahead = self._is_streamed or (self.device.type == "cuda" and self._resident is None)
+        is_ahead = isinstance(self.data.images, Streamed) or (self.device.type == "cuda" and self._resident is None)
         return ids, self._readers.submit(self.gather, ids).result if is_ahead else functools.partial(self.gather, ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
