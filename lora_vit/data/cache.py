@@ -92,9 +92,8 @@ def _shape_of(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ..
 def _streamed(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, heads: np.ndarray,
               shape: tuple[int, ...], sizes: str) -> Decoded:  # fmt: skip
     """Raises ConfigError for what headers show to be broken or of another size, and for deep files without a range."""
-    which, sides = np.flatnonzero(heads["width"] == 0), (shape[3], shape[2])
-    nowhere = np.empty((len(which), *shape[1:]), np.uint8)
-    notes = decode(root, [names[i] for i in which], digests[which], decoding, nowhere, 0)
+    bad, sides = np.flatnonzero(heads["width"] == 0), (shape[3], shape[2])
+    notes = decode(root, [names[i] for i in bad], digests[bad], decoding, np.empty((len(bad), *shape[1:]), "u1"), 0)
     if decoding.size is None:
         others = np.flatnonzero((heads["width"] != sides[0]) | (heads["height"] != sides[1]))
         notes += [(names[i], "size", "{}x{}".format(*heads[i].item())) for i in others if heads["width"][i]]

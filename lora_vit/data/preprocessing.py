@@ -249,8 +249,8 @@ def _jpeg(content: bytes, size: int | None) -> Any:
         if head := _jpeg_head(content):
             factor = next((f for f in (8, 4, 2) if size and min(head[:2]) // size >= f), 1)
             least = [-(-side // factor) if factor > 1 else 0 for side in head[:2]]
-            pixels = simplejpeg.decode_jpeg(content, min_width=least[0], min_height=least[1], min_factor=factor)
-            image = Image.fromarray(pixels)
+            pixels = simplejpeg.decode_jpeg(content, "RGBX", min_height=least[1], min_width=least[0], min_factor=factor)
+            image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)  # which copies nothing
             if not head[2]:
                 return image
             with _opened(content) as opened:
