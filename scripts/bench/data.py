@@ -7,6 +7,8 @@ Two tasks: uint8 batches at 64 px, and normalised float batches at 224 px (flip 
 ``--stream``: images that are decoded when they are needed (``data.cache=none``), also against webdataset, which reads
 the same files from one tar. Three tasks: what a GPU is sent, which is uint8 at 256 px of ours, for it crops, flips and
 normalises itself, and 224 px of theirs, cropped, flipped and normalised; that from all, on the CPU; 256 px from all.
+``--cpu-seconds``: images for each second of a core, of all processes together, which other work on the machine changes
+less.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from common import machine, report
 from torch.utils.data import DataLoader
@@ -109,7 +112,7 @@ def ours(samples: Samples, normalised: bool, augment: str = "flip") -> Iterator[
         epoch += 1
 
 
-def stream(root: Path, rounds: int, batches: int, out: Path | None) -> None:
+def stream(root: Path, rounds: int, batches: int, clock: Callable[[], float], out: Path | None) -> None:
     """The table of ``--stream``."""
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
@@ -135,7 +138,7 @@ def stream(root: Path, rounds: int, batches: int, out: Path | None) -> None:
             for normalised in (False, True)
         }
         for task, own, other in (("for a GPU", 0, 1), ("224 px, on the CPU", 1, 1), ("256 px, uint8", 0, 0)):
-            found = rates({"ours": mine[bool(own)], **theirs[bool(other)]}, batches, rounds)
+            found = rates({"ours": mine[bool(own)], **theirs[bool(other)]}, batches, rounds, clock)
             rows += compared(task, found)
     facts = {"images": len(data.labels), "first identity s": round(first, 1), "later s": round(later, 1)}
     report(rows, {**machine(), **facts, "peak MiB with the first batch": round(peak)}, out)
@@ -155,7 +158,18 @@ def compared(task: str, found: dict[str, list[float]]) -> list[dict[str, object]
     ]
 
 
-def rates(contenders: dict[str, Iterator[object]], batches: int, rounds: int) -> dict[str, list[float]]:
+def cpu_seconds() -> float:
+    """Those that this process and its workers have used."""
+    own = psutil.Process()
+    return sum(used.user + used.system for used in (p.cpu_times() for p in (own, *own.children(recursive=True))))
+
+
+def rates(
+    contenders: dict[str, Iterator[object]],
+    batches: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Images per second of each round; contenders take turns."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for batch in contenders.values():
@@ -164,10 +178,10 @@ def rates(contenders: dict[str, Iterator[object]], batches: int, rounds: int) ->
         for name, batch in contenders.items():
             for _ in range(_QUEUED):
                 next(batch)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(batches):
                 next(batch)
-            found[name].append(batches * BATCH / (time.perf_counter() - start))
+            found[name].append(batches * BATCH / (clock() - start))
     return found
 
 
@@ -177,10 +191,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=15)
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--cpu-seconds", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.stream:
-        return stream(args.root, args.rounds, args.batches, args.json)
+        clock = cpu_seconds if args.cpu_seconds else time.perf_counter
+        return stream(args.root, args.rounds, args.batches, clock, args.json)
     with tempfile.TemporaryDirectory() as cache:
         data = load_data(config(args.root, cache))
         samples = Samples(data, torch.device("cpu"))
