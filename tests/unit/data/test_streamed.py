@@ -56,7 +56,7 @@ def streamed(tmp_path: Path, kept: str = "none", **changes: object):
     return fresh(data_config(tmp_path, **values))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpegs_become_what_pillow_makes_of_them(mode, monkeypatch):
     """To the bit, so that caches of earlier releases stay valid: sizes, samplings, scales, progressive, turned."""
     used, decode = [], preprocessing.simplejpeg.decode_jpeg
@@ -72,7 +72,7 @@ def test_jpegs_become_what_pillow_makes_of_them(mode, monkeypatch):
         for size in (None, 8, 16, 20, 33, 64, 150):
             used.clear()
             found, _ = Decoding(size).read(file.getvalue())
-            assert len(used) == 1
+            assert len(used) == (mode != "CMYK"), "simplejpeg has other colours for it"
             with monkeypatch.context() as without:
                 without.setattr(preprocessing, "_jpeg", lambda *_: None)
                 expected, _ = Decoding(size).read(file.getvalue())
