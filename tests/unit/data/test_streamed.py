@@ -135,24 +135,27 @@ def test_what_headers_show_is_refused_before_anything_is_decoded(pets, tmp_path)
     assert "0.jpg cannot be decoded (it changed after" in refused(samples.gather, np.array([0]))
 
 
-def test_batches_are_decoded_by_other_threads(pets, tmp_path, monkeypatch):
-    """Before they are asked for, on a CPU too; what Pillow warns of stays unsaid, and others are heard afterwards."""
-    seen, read = set(), Decoding.read
-
-    def reading(self, content, find=False):
-        seen.add(threading.current_thread())
-        with preprocessing._opened(content):
-            warnings.warn("odd metadata", stacklevel=1)
-        return read(self, content, find)
-
-    samples = Samples(streamed(tmp_path), torch.device("cpu"))
-    monkeypatch.setattr(Decoding, "read", reading)
+def test_batches_are_decoded_before_they_are_asked_for(pets, tmp_path, monkeypatch):
+    """On a CPU too."""
+    samples, seen, read = Samples(streamed(tmp_path), torch.device("cpu")), [], Decoding.read
+    monkeypatch.setattr(Decoding, "read", lambda *a, **k: seen.append(threading.current_thread()) or read(*a, **k))
     waiting = [samples.read(ids)[1] for ids in np.arange(24).reshape(3, 8)]
-    images = torch.cat([gathered()[0] for gathered in waiting])
+    samples._readers.shutdown()
+    assert len(seen) == 24
     assert threading.current_thread() not in seen
+    images = torch.cat([gathered()[0] for gathered in waiting])
     np.testing.assert_array_equal(images.numpy(), streamed(tmp_path, "disk").images[:])
-    with pytest.warns(UserWarning, match="heard"):
-        warnings.warn("heard", stacklevel=1)
+
+
+def test_threads_that_read_crosswise_leave_the_filters_of_warnings_as_they_were(pets):
+    content, before = (pets / "cat" / "icon.png").read_bytes(), warnings.filters[:]
+    first, second = preprocessing._opened(content), preprocessing._opened(content)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    warnings.warn("odd metadata", stacklevel=1)
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("name", ["a.gif", "b.tif", "c.webp", "d.png", "e.mpo"])
