@@ -103,8 +103,7 @@ def _streamed(root: Path, names: list[str], digests: np.ndarray, decoding: Decod
         what = f"data.cache=none: {counts[DEEP]:,} of {len(names):,} images below {shown(root)} have {DEEP}"
         raise ConfigError(f"{what}: give data.value_range=[low,high], or data.cache=disk, which finds it")
     lines = (f"decoded when needed ({sizes})", *_lines(counts))
-    value_range = decoding.value_range if counts[DEEP] else None
-    return Streamed(root, names, digests, decoding, shape), value_range, lines
+    return Streamed(root, names, digests, decoding, shape), decoding.value_range if counts[DEEP] else None, lines
 
 
 def _lines(counts: Mapping[str, int]) -> tuple[str, ...]:

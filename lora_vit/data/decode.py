@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from lora_vit.data.preprocessing import Decoding, reason
 from lora_vit.errors import ConfigError
@@ -64,6 +65,7 @@ class Streamed:
         self.root, self.names, self.digests, self.decoding = root, names, digests, decoding
         self.shape, self._threads = shape, cpu_count()
         self._pool = ThreadPoolExecutor(self._threads)
+        Image.core.set_blocks_max(16)  # that Pillow keeps: else the system clears new memory for each picture
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
         rows, length = np.empty((len(ids), *self.shape[1:]), np.uint8), -(-len(ids) // self._threads)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Every, Progress
 
-T = TypeVar("T")
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})  # Pillow only names them, or needs rare programs
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
@@ -203,8 +202,8 @@ def _read(root: Path, names: list[str]) -> Iterator[bytes]:
     return in_threads(lambda here: map(facts, names[here]), len(names), _CHUNK, "reading images", len(names) < _CHUNK)
 
 
-def in_threads(work: Callable[[slice], Iterable[T]], count: int, most: int, what: str,
-               quiet: bool = False) -> Iterator[T]:  # fmt: skip
+def in_threads(work: Callable[[slice], Iterable[Any]], count: int, most: int, what: str,
+               quiet: bool = False) -> Iterator[Any]:  # fmt: skip
     """What ``work`` gives for ``count`` files, piece by piece of at ``most`` so many; ``what`` the bar says is done."""
     from joblib import cpu_count  # of the cores that this process may use
 

@@ -250,7 +250,7 @@ def _jpeg(content: bytes, size: int | None) -> Any:
             factor = next((f for f in (8, 4, 2) if size and min(head[:2]) // size >= f), 1)
             least = [-(-side // factor) if factor > 1 else 0 for side in head[:2]]
             pixels = simplejpeg.decode_jpeg(content, "RGBX", min_height=least[1], min_width=least[0], min_factor=factor)
-            image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)  # which copies nothing
+            image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)  # in its own layout
             if not head[2]:
                 return image
             with _opened(content) as opened:
