@@ -20,6 +20,7 @@ class DataSet(NamedTuple):
     def unread(self) -> list[str]:
         """Settings that have no effect on it."""
         keys = [f"{part}_fraction" for part in self.always] + [key for key in OPTIONAL if key not in self.reads]
+        keys += ["cache"] * (self.one_size or self.in_package)  # whose images are in memory
         return [f"data.{key}" for key in keys + ["cache_size", "background", "value_range"] * self.one_size]
 
 

@@ -81,6 +81,8 @@ class DataConfig:
     on_broken: str = field(metadata=choice("refuse", "skip") | {"as_before": "refuse"})
     official_val: bool
     cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are
+    # where decoded images are kept; none: nowhere, they are decoded when needed; auto: by what is free
+    cache: str = field(metadata=choice("auto", "memory", "disk", "none") | NO_IDENTITY | {"as_before": "auto"})
     cache_dir: str = field(metadata=NO_IDENTITY)
     # behind transparent pixels
     background: list[int] = field(metadata=number("red, green, blue", "[0, 255]", count=3) | {"as_before": [255] * 3})

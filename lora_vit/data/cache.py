@@ -1,4 +1,4 @@
-"""Images decoded once, on all cores, into a uint8 array that every later run maps into memory."""
+"""Images decoded on all cores: once, into a uint8 array that every later run maps into memory, or when needed."""
 
 import contextlib
 import functools
@@ -7,29 +7,26 @@ import json
 import math
 import os
 import shutil
-import signal
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 
 from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
-from lora_vit.data.decode import Note, decode, end_with
-from lora_vit.data.files import Listing, digests_of, locked_in, writing_to
-from lora_vit.data.preprocessing import WHOLE, Decoding, Range
+from lora_vit.data.decode import Note, Streamed, decode
+from lora_vit.data.files import Listing, facts_of, in_threads, locked_in, writing_to
+from lora_vit.data.preprocessing import DEEP, KINDS, WHOLE, Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, write_json
-from lora_vit.terminal import Progress
 
 _FORMAT = 4
 _NAMED = 20  # broken files that one message names
-_CHUNK = 64  # most images that a process decodes before it reports
-_BYTES_PER_WORKER = 4 << 20  # image files that are worth the start of another process (a quarter of a second)
+_CHUNK = 32  # most images that a thread decodes before it reports
+_MEMORY_SHARE, _DISK_SHARE = 0.25, 0.5  # largest parts of what is free, of memory since it keeps what is mapped
 _BLOCK, _BLOCKS = 1 << 20, 256  # bytes and number of the parts of a cache that are read again when it is opened
 _LEVELS = 32  # of 256: fewer for nearly all pixels of deep images show that a value stands alone
 
@@ -37,32 +34,84 @@ Parts = dict[str, list[tuple[str, int]]]  # images of each part: paths below the
 
 
 def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, wanted: Wanted) -> Found | None:
-    """The data set of the images in ``parts``, below ``root``; None or an error as ``digests_of`` has it."""
+    """The data set of the images in ``parts``, below ``root``; None or an error as ``facts_of`` has it."""
     names = [name for images in parts.values() for name, _ in images]
     labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
     ends = np.cumsum([len(images) for images in parts.values()])
     ids = dict(zip(parts, np.split(np.arange(len(names)), ends[:-1]), strict=True))
-    if (digests := digests_of(root, names, wanted.cache_dir, wanted.fetch)) is None:
+    if (facts := facts_of(root, names, wanted.cache_dir, wanted.fetch)) is None:
         return None
+    digests, heads = facts["digest"].copy(), facts["head"]
     content = content_of(class_names, labels, ids, digests)
-    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, skip=wanted.on_broken == "skip")
+    how: Any = {"cache": wanted.cache, "heads": heads, "skip": wanted.on_broken == "skip"}
+    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, **how)
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests, root, names)
 
 
 def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, decoding: Decoding,
-            skip: bool = False) -> Decoded:  # fmt: skip
-    """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
+            cache: str = "disk", heads: np.ndarray | None = None, skip: bool = False) -> Decoded:  # fmt: skip
+    """The images, uint8 [N, 3, h, w], as ``data.cache`` says: a read-only map of a file, in memory, or ``Streamed``.
 
-    The cache is keyed by the files' content; runs that start together wait for the first. Without a size in
-    ``decoding`` all images must have one. Raises ConfigError for several sizes, no space or place, and broken images
-    unless we ``skip`` them.
+    The file is keyed by the images' content; runs that start together wait for the first. Without a size in
+    ``decoding`` all images must have one. ``heads``: what the files' headers tell, which streaming needs. Raises
+    ConfigError for several sizes, no space or place, and broken images unless we ``skip`` them.
     """
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}{' skip' * skip}\n"
     path = cache_dir / f"images-{hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]}.npy"
-    if found := _open(path):
+    if cache in ("auto", "disk") and (found := _open(path)):
         return found
+    needed = math.prod(shape := _shape_of(root, names, decoding))
+    free = psutil.virtual_memory().available, shutil.disk_usage(cache_dir).free
+    gib = [n / 2**30 for n in (needed, *free)]
+    sizes = "{:,.1f} GiB decoded, {:,.1f} of memory and {:,.1f} of data.cache_dir free".format(*gib)
+    can_stream = heads is not None and (decoding.value_range is not None or not heads[DEEP].any())
+    cache = place_of(cache, needed, *free, can_stream)
+    if cache == "none" and heads is not None:
+        return _streamed(root, names, digests, decoding, heads, shape, sizes, skip)
+    if needed > free[cache == "disk"]:
+        raise ConfigError(f"data.cache={cache}: {sizes}: give data.cache=none, or a smaller data.cache_size")
+    if cache == "memory":
+        images = np.empty(shape, np.uint8)
+        return images, *_fill(root, names, digests, decoding, images, skip)
     with writing_to(cache_dir), locked_in(cache_dir, path.name):
-        return _open(path) or _build(root, names, digests, decoding, path, skip)  # another run may have made it
+        return _open(path) or _build(root, names, digests, decoding, path, shape, skip)  # another may have
+
+
+def place_of(asked: str, needed: int, memory: int, disk: int, can_stream: bool) -> str:
+    """Where ``data.cache`` puts decoded images of so many bytes; ``auto``: on the disk up to shares of what is free."""
+    fits = needed <= _MEMORY_SHARE * memory and needed <= _DISK_SHARE * disk
+    return asked if asked != "auto" else "disk" if fits or not can_stream else "none"
+
+
+def _shape_of(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ...]:
+    """The shape of all images, by the first that can be decoded; where none can, all are named later."""
+    for name in names:
+        with contextlib.suppress(ConfigError):
+            return (len(names), *replace(decoding, value_range=(-1e39, 1e39))(root / name).shape)
+    return (len(names), 3, 1, 1)
+
+
+def _streamed(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, heads: np.ndarray,
+              shape: tuple[int, ...], sizes: str, skip: bool) -> Decoded:  # fmt: skip
+    """Raises ConfigError for what headers show to be broken or of another size, and for deep files without a range."""
+    bad, sides = np.flatnonzero(heads["width"] == 0), (shape[3], shape[2])
+    notes = decode(root, [names[i] for i in bad], digests[bad], decoding, np.empty((len(bad), *shape[1:]), "u1"), 0)
+    if decoding.size is None:
+        others = np.flatnonzero((heads["width"] != sides[0]) | (heads["height"] != sides[1]))
+        notes += [(names[i], "size", "{}x{}".format(*heads[i].item())) for i in others if heads["width"][i]]
+    broken = _broken(root, names, notes, sides, skip)
+    counts = {kind: int(heads[kind].sum()) for kind in KINDS}
+    if counts[DEEP] and decoding.value_range is None:
+        what = f"data.cache=none: {counts[DEEP]:,} of {len(names):,} images below {shown(root)} have {DEEP}"
+        raise ConfigError(f"{what}: give data.value_range=[low,high], or data.cache=disk, which finds it")
+    lines = (f"decoded when needed ({sizes})", *_lines(counts))
+    value_range = decoding.value_range if counts[DEEP] else None
+    return Streamed(root, names, digests, decoding, shape), value_range, lines, broken
+
+
+def _lines(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """``3 files with ...`` for each kind of files that are there."""
+    return tuple(f"{n:,} file{'s' * (n > 1)} with {what}" for what, n in sorted(counts.items()) if n)
 
 
 def _open(path: Path) -> Decoded | None:
@@ -86,47 +135,53 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, skip: bool) -> Decoded:
-    shape: tuple[int, ...] = (len(names), 3, 1, 1)  # where none decodes, all are named below
-    for name in names:
-        with contextlib.suppress(ConfigError):
-            shape = (len(names), *replace(decoding, value_range=(-1e39, 1e39))(root / name).shape)
-            break
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if needed > free:
-        lacking = f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB"
-        raise ConfigError(f"{lacking}: give another data.cache_dir, or a smaller data.cache_size")
+def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path,
+           shape: tuple[int, ...], skip: bool) -> Decoded:  # fmt: skip
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
         np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-        notes = _run(root, names, digests, decoding, partial)
-        deep = {name: values for name, kind, values in notes if kind == "values"}
-        if deep and (skip or all(kind != "broken" for _, kind, _ in notes)):
-            # one range for all, so that equal values stay equal
-            sound = len(names) - sum(kind == "broken" for _, kind, _ in notes)
-            decoding = replace(decoding, value_range=_range_of(root, deep, sound))
-            notes = _run(root, names, digests, decoding, partial)
-        broken = {name: why for name, kind, why in notes if kind == "broken"}
-        if broken and not skip:
-            named = sorted(f"{shown(name)} ({why})" for name, why in broken.items())
-            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            count = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
-            remedy = "repair or remove them, or leave them out by data.on_broken=skip"
-            raise ConfigError(f"{count}: {', '.join(named[:_NAMED])}{more}; {remedy}")
-        for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
-            differs = f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}"
-            raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
+        value_range, lines, broken = _fill(root, names, digests, decoding, partial, skip)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        told = Counter(what for _, what, nothing in notes if nothing is None)
-        value_range = decoding.value_range if "more than 8 bits" in told else None
-        lines = [f"{count:,} file{'s' * (count > 1)} with {what}" for what, count in sorted(told.items())]
-        rows = {row: broken[name] for row, name in enumerate(names) if name in broken}
-        write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial), [*rows.items()]])
+        write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial), [*broken.items()]])
         os.replace(partial, path)
-        return np.load(path, mmap_mode="r"), value_range, tuple(lines), rows
+        return np.load(path, mmap_mode="r"), value_range, lines, broken
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _fill(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding,
+          out: Path | np.ndarray, skip: bool) -> tuple[Range | None, tuple[str, ...], dict[int, str]]:  # fmt: skip
+    """Decode all images into an array, or the one in a file; the rest of Decoded."""
+    _, _, height, width = (out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r")).shape
+    notes = _run(root, names, digests, decoding, out)
+    deep = {name: values for name, kind, values in notes if kind == "values"}
+    lost = sum(kind == "broken" for _, kind, _ in notes)
+    if deep and (skip or not lost):
+        # one range for all, so that equal values stay equal
+        decoding = replace(decoding, value_range=_range_of(root, deep, len(names) - lost))
+        notes = _run(root, names, digests, decoding, out)
+    broken = _broken(root, names, notes, (width, height), skip)
+    told = Counter(what for _, what, nothing in notes if nothing is None)
+    return decoding.value_range if DEEP in told else None, _lines(told), broken
+
+
+def _broken(root: Path, names: list[str], notes: list[Note], sides: tuple[int, int], skip: bool) -> dict[int, str]:
+    """Why images cannot be read, by sample id, if we ``skip`` them.
+
+    Else raises ConfigError for them, and for images that are not as wide and high as the others.
+    """
+    broken = {name: why for name, kind, why in notes if kind == "broken"}
+    if broken and not skip:
+        named = sorted(f"{shown(name)} ({why})" for name, why in broken.items())
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        count = f"{len(named)} broken image{'s' if len(named) > 1 else ''} below {shown(root)}"
+        remedy = "repair or remove them, or leave them out by data.on_broken=skip"
+        raise ConfigError(f"{count}: {', '.join(named[:_NAMED])}{more}; {remedy}")
+    for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
+        differs = f"{shown(root / name)} is {other}, other images are {sides[0]}x{sides[1]}"
+        raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
+    return {row: broken[name] for row, name in enumerate(names) if name in broken}
 
 
 def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
@@ -149,44 +204,10 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
     return low, high
 
 
-def _run(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Path) -> list[Note]:
-    """Decode all files: if they are many in several processes, because Pillow keeps the interpreter's lock."""
-    from joblib import Parallel, cpu_count, delayed  # loky's processes import neither the user's script nor torch
+def _run(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Path | np.ndarray) -> list[Note]:
+    """Decode all files, in threads: what decodes lets go of the interpreter's lock."""
 
-    file_bytes = 0
-    with contextlib.suppress(OSError):  # one that is gone by now is named below
-        file_bytes = sum(os.path.getsize(root / name) for name in names)
-    count = max(1, min(cpu_count(), file_bytes // _BYTES_PER_WORKER))
-    length = max(1, min(_CHUNK, len(names) // (8 * count)))
-    starts = range(0, len(names), length)
-    parts = ((str(root), names[i : i + length], digests[i : i + length], decoding, str(out), i) for i in starts)
-    how = {"return_as": "generator", "idle_worker_timeout": 10}  # seconds after which an idle process ends
-    pool = Parallel(count, backend="loky", initializer=end_with, initargs=(os.getpid(),), **how)
-    notes: list[Note] = []
-    try:
-        with Progress("decoding images", len(names)) as bar, contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # joblib's, of work that it cancels
-            with _without_ctrl_c() if count > 1 else contextlib.nullcontext():
-                answers = stack.enter_context(contextlib.closing(pool(delayed(decode)(*part) for part in parts)))
-            for start, answer in zip(starts, answers, strict=True):
-                notes += answer
-                bar.advance(min(length, len(names) - start))
-    except BrokenProcessPool:
-        died = f"a process that decodes images below {shown(root)} died"
-        raise ConfigError(f"{died}: is there enough memory, are these images sound?") from None
-    return notes
+    def work(here: slice) -> list[Note]:
+        return decode(root, names[here], digests[here], decoding, out, here.start)
 
-
-@contextlib.contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Start processes that never hear Ctrl-C, which a terminal sends to all: this one hears it, and ends them."""
-    from joblib.externals.loky.backend import resource_tracker as lokys_tracker
-
-    for tracker in (resource_tracker, lokys_tracker):
-        tracker.ensure_running()  # each would let the signal through when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return list(in_threads(work, len(names), _CHUNK, "decoding images"))

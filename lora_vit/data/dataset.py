@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
+from lora_vit.data.decode import Streamed
 from lora_vit.data.files import Listing
 from lora_vit.data.preprocessing import Decoding, Range
 from lora_vit.errors import ConfigError
@@ -19,7 +20,7 @@ from lora_vit.files import shown, user_path
 from lora_vit.records import NO_TEST
 
 # Images uint8 [N, 3, h, w], what became 0 and 255, notes on files, and why some cannot be read, by sample id.
-Decoded = tuple[np.ndarray, Range | None, tuple[str, ...], dict[int, str]]
+Decoded = tuple[np.ndarray | Streamed, Range | None, tuple[str, ...], dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Wanted:
     split_column: str | None = None
     dataset: str | None = None
     target: str | None = None
+    cache: str = "auto"
     fetch: bool = field(default=True, compare=False)  # download and read what is not known yet, or else return None
 
 
@@ -64,7 +66,7 @@ class Found:
 class ImageData(Found):
     """A decoded and divided data set."""
 
-    images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map
+    images: np.ndarray | Streamed  # uint8 [N, 3, h, w], perhaps a read-only memory map
     decoding: Decoding  # how they became so, and how another file becomes like them
     told: tuple[str, ...] = ()  # as in Decoded
     splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
@@ -136,8 +138,9 @@ def load_data(config: DataConfig) -> ImageData:
         found = _without(found, broken, splits["train"])
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
-    shade = int(images[splits["train"][0], 0, 0, 0])
-    if all(abs(images[i].astype("i2") - shade).max() < 3 for i in splits["train"]):  # seldom more than the first
+    one = lambda i: images[np.array([i])][0].astype("i2")  # noqa: E731
+    shade = int(one(splits["train"][0])[0, 0, 0])
+    if all(abs(one(i) - shade).max() < 3 for i in splits["train"]):  # seldom looks at more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]

@@ -1,16 +1,17 @@
-"""Decoding many files into one array. Light: the processes that decode import it, and little else."""
+"""Decoding many files: into one array, or those that are asked for (``Streamed``)."""
 
 import hashlib
-import io
-import os
-import threading
-import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from lora_vit.data.preprocessing import Decoding, reason
+from lora_vit.errors import ConfigError
+from lora_vit.files import shown
 
 Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
@@ -20,18 +21,19 @@ more than 8 bits and there is no range to scale them by. Anything else is a note
 """
 
 
-def decode(root: str, names: list[str], digests: np.ndarray, decoding: Decoding, out: str, start: int) -> list[Note]:
-    """Decode files of ``root`` into the rows from ``start`` on of the array in the file ``out``. Raises OSError.
+def decode(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Any, start: int) -> list[Note]:
+    """Decode files of ``root`` into rows from ``start`` on of ``out``, an array or a file with one. Raises OSError.
 
     Returns what there is to say of some of them.
     """
-    array, notes = np.load(out, mmap_mode="r"), list[Note]()
-    rows = np.zeros((len(names), *array.shape[1:]), np.uint8)
+    array: Any = out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r")
+    here, notes = slice(start, start + len(names)), list[Note]()
+    rows = array[here] if array is out else np.zeros((len(names), *array.shape[1:]), np.uint8)
     for row, name, digest in zip(rows, names, digests, strict=True):
         try:
             if hashlib.sha256(content := Path(root, name).read_bytes()).digest() != digest.tobytes():
-                raise ValueError("it changed while it was read: run the command again")
-            pixels, told = decoding.read(io.BytesIO(content), find=True)
+                raise ValueError("it changed after it was first read: run the command again")
+            pixels, told = decoding.read(content, find=True)
         except Exception as error:
             notes.append((name, "broken", reason(error)))
             continue
@@ -42,19 +44,39 @@ def decode(root: str, names: list[str], digests: np.ndarray, decoding: Decoding,
         else:
             row[:] = pixels
             notes += [(name, what, None) for what in told]
-    # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
-    with open(out, mode="r+b") as file:
-        file.seek(array.offset + start * rows[0].nbytes)
-        file.write(rows.data)
+    if array is not out:
+        # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
+        with open(out, mode="r+b") as file:
+            file.seek(array.offset + start * rows[0].nbytes)
+            file.write(rows.data)
     return notes
 
 
-def end_with(parent: int) -> None:
-    """Let this process end when the process ``parent`` does, however that ends."""
+class Streamed:
+    """Stands where an array of all images would, uint8 [N, 3, h, w], and decodes those whose ids are asked for.
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+    Raises ConfigError for a file that cannot be decoded so.
+    """
 
-    threading.Thread(target=watch, daemon=True).start()
+    def __init__(self, root: Path, names: Sequence[str], digests: np.ndarray, decoding: Decoding,
+                 shape: tuple[int, ...]):  # fmt: skip
+        from joblib import cpu_count  # of the cores that this process may use
+
+        self.root, self.names, self.digests, self.decoding = root, names, digests, decoding
+        self.shape, self._threads = shape, cpu_count()
+        self._pool = ThreadPoolExecutor(self._threads)
+        Image.core.set_blocks_max(16)  # that Pillow keeps: else the system clears new memory for each picture
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        rows, length = np.empty((len(ids), *self.shape[1:]), np.uint8), -(-len(ids) // self._threads)
+
+        def part(start: int) -> list[Note]:
+            own = ids[start : start + length]
+            return decode(self.root, [self.names[i] for i in own], self.digests[own], self.decoding, rows, start)
+
+        for notes in self._pool.map(part, range(0, len(ids), length)):
+            for name, kind, why in notes:
+                if why is not None:
+                    what = f"{shown(self.root / name)} cannot be decoded ({why if kind == 'broken' else f'its {kind}'})"
+                    raise ConfigError(f"{what}: repair or remove it; data.cache=disk finds all such files beforehand")
+        return rows

@@ -1,7 +1,7 @@
 """The files of a data set: which are images, what is passed over, and what is in them.
 
-A data set is what its files contain, never their names and sizes alone. Each file's sha256 is kept beside the decoded
-images and holds while size, times and inode stay.
+A data set is what its files contain, never their names and sizes alone. Each file's sha256, and what its header tells,
+is kept beside the decoded images and holds while size, times and inode stay.
 """
 
 import contextlib
@@ -11,13 +11,15 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lora_vit.data.preprocessing import Head, head_of
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
@@ -32,6 +34,7 @@ _OTHERS = dict.fromkeys((".heic", ".heif", ".hif"), "of HEIC, read after pip ins
 _OTHERS |= {".avif": "of AVIF, read after pip install pillow-avif-plugin", ".dcm": "of DICOM: save them as PNG or TIFF"}
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
+_FACTS = np.dtype([("digest", "u1", 32), ("head", Head)])  # of a file: sha256, what its header tells
 _CHUNK = 256  # files that a thread reads before it reports
 _KEEP_EVERY = 30.0  # seconds between savings of what has been read
 _NAMED = 3  # files of a kind that one line names
@@ -148,11 +151,17 @@ class Listing:
 
 
 def digests_of(root: Path, names: Sequence[str], cache_dir: Path, fetch: bool = True) -> np.ndarray | None:
-    """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
+    """Sha256 of each file below ``root``, uint8 [N, 32]; the rest as of :func:`facts_of`."""
+    facts = facts_of(root, names, cache_dir, fetch)
+    return None if facts is None else facts["digest"].copy()
+
+
+def facts_of(root: Path, names: Sequence[str], cache_dir: Path, fetch: bool = True) -> np.ndarray | None:
+    """Of each file below ``root`` its sha256 (``digest``) and its ``head``; only files that changed since are read.
 
     None if files would have to be read and not ``fetch``. Raises OSError for a file, ConfigError for ``cache_dir``.
     """
-    store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+    store = cache_dir / f"facts-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     each = ((name, os.stat(os.path.join(root, name))) for name in names)
     stats = {name: _STAT.pack(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in each}
 
@@ -167,17 +176,18 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, fetch: bool = 
             known = _kept(store)  # perhaps another run has just read them
             settled = time.time_ns() - _UNSETTLED
             missing, keeping = unread(), Every(_KEEP_EVERY)
-            for name, digest in zip(missing, _read(root, missing), strict=True):
-                known[name] = stats[name] + digest
+            for name, facts in zip(missing, _read(root, missing), strict=True):
+                known[name] = stats[name] + facts
                 if keeping.due() or name == missing[-1]:  # what stops this costs no second reading
                     kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
                     with writing_to(cache_dir), replacing(store) as file:
-                        np.savez(file, names=[*map(os.fsencode, kept)], rows=np.array([*kept.values()], "V64"))
-    return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), np.uint8).reshape(-1, 32)
+                        rows = np.array([*kept.values()], f"V{_STAT.size + _FACTS.itemsize}")
+                        np.savez(file, names=[*map(os.fsencode, kept)], rows=rows)
+    return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), _FACTS)
 
 
 def _kept(store: Path) -> dict[str, bytes]:
-    """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and sha256 by name."""
+    """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and facts by name."""
     try:
         with store.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(zip(map(os.fsdecode, arrays["names"].tolist()), arrays["rows"].tolist(), strict=True))
@@ -186,13 +196,30 @@ def _kept(store: Path) -> dict[str, bytes]:
 
 
 def _read(root: Path, names: list[str]) -> Iterator[bytes]:
-    """Sha256 of files, read side by side."""
-    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
-    with Progress("reading images", len(names), len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
-        read = pool.map(lambda chunk: [hashlib.sha256(Path(root, n).read_bytes()).digest() for n in chunk], chunks)
-        for part in read:
-            yield from part
-            bar.advance(len(part))
+    """Facts of files, read side by side."""
+
+    def facts(name: str) -> bytes:
+        content = Path(root, name).read_bytes()
+        return hashlib.sha256(content).digest() + np.array(head_of(content), Head).tobytes()
+
+    return in_threads(lambda here: map(facts, names[here]), len(names), _CHUNK, "reading images", len(names) < _CHUNK)
+
+
+def in_threads(work: Callable[[slice], Iterable[Any]], count: int, most: int, what: str,
+               quiet: bool = False) -> Iterator[Any]:  # fmt: skip
+    """What ``work`` gives for ``count`` files, piece by piece of at ``most`` so many; ``what`` the bar says is done."""
+    from joblib import cpu_count  # of the cores that this process may use
+
+    threads = cpu_count()
+    length = max(1, min(most, count // (8 * threads)))
+    pieces = [slice(i, min(i + length, count)) for i in range(0, count, length)]
+    with Progress(what, count, quiet) as bar, ThreadPoolExecutor(threads) as pool:
+        try:
+            for piece, found in zip(pieces, pool.map(lambda piece: list(work(piece)), pieces), strict=True):
+                yield from found
+                bar.advance(piece.stop - piece.start)
+        finally:  # what stops this takes back what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

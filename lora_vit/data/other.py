@@ -34,11 +34,12 @@ def external(config: DataConfig, own: DataConfig, content: str | None, card: dic
     assert found is not None
     if new := [name for name in found.class_names if name not in class_names]:
         raise ConfigError(f"the data's classes are not the adapter's: it has '{new[0]}' in addition")
-    images, value_range, told = found.decode(decoding)
+    images, value_range, told, broken = found.decode(decoding)
     if value_range not in (None, decoding.value_range):
         raise ConfigError("the images have more than 8 bits, those that the trial knows have not: save them with 8")
     labels = np.array([class_names.index(name) for name in found.class_names])[found.labels]
-    ids = np.sort(np.concatenate([*found.parts.values()]))
+    ids = np.setdiff1d(np.concatenate([*found.parts.values()]), [*broken])
+    told += (f"{len(broken):,} broken files left out",) * bool(broken)
     seen = "whether it was trained on some is not known here, as its own are elsewhere"
     with contextlib.suppress(ConfigError):
         known = content is not None and known_content(own, fetch=False) == content

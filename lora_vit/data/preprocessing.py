@@ -9,16 +9,19 @@ It needs neither torch nor the data, so a deployed model can use it too:
 
 import contextlib
 import importlib
+import io
 import json
 import os
+import threading
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +34,10 @@ for plugin in ("pillow_heif", "pillow_avif"):  # where they are installed; of th
 Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
 WHOLE = (0.0, 65535.0)  # of 16 bits
 ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2
+DEEP, SEVERAL, ALPHA = "more than 8 bits", "several pictures: the first is used", "an alpha channel"
+KINDS = (DEEP, SEVERAL, ALPHA)  # of files, as their headers show them
+Head = np.dtype([("width", "<u4"), ("height", "<u4"), *((kind, "?") for kind in KINDS)])  # upright; 0 if unreadable
+_LOCK, _INSIDE, _FILTERS = threading.Lock(), list[Any](), contextlib.ExitStack()  # of threads for which Pillow reads
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Decoding:
     def __call__(self, file: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
         """The pixels. Raises ConfigError where a file cannot be read, or is deep and there is no range."""
         try:
-            pixels, _ = self.read(file if isinstance(file, Image.Image) else Path(file))
+            pixels, _ = self.read(file if isinstance(file, Image.Image) else Path(file).read_bytes())
             if pixels.ndim == 1:
                 raise ValueError(f"its values are {pixels[0]:g} .. {pixels[-1]:g}, not 8-bit as those trained on")
             return pixels
@@ -57,32 +64,27 @@ class Decoding:
             raise ConfigError(f"{shown(str(file))} cannot be read as an image ({reason(error)})") from None
 
     def read(self, file: Any, find: bool = False) -> tuple[np.ndarray, set[str]]:
-        """The pixels of a file (its path, its bytes or Pillow's image), and what is to be told of such files.
+        """The pixels of a file (its bytes or Pillow's image), and what is to be told of such files.
 
         Smallest value, those of some pixels and largest take the pixels' place where they have more than 8 bits and
         there is no range. For 16 bits of colour there is one, unless it is to ``find``.
         """
-        told = set()
-        Image.MAX_IMAGE_PIXELS = None  # the user's own files: large ones are no attack
-        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
+        told, colour, no_data = set[str](), False, None
         if getattr(file, "filename", "") and getattr(file, "tile", ()) and not file.tell():  # Pillow's, not decoded yet
-            file = Path(file.filename)
+            file = Path(file.filename).read_bytes()
         ours = not isinstance(file, Image.Image)  # others' images stay as they are
-        with warnings.catch_warnings(), Image.open(file) if ours else contextlib.nullcontext(file) as opened:
-            warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
-            if self.size is not None and ours:
-                opened.draft("RGB", (self.size, self.size))  # JPEG decodes straight to a size not below this
-            tiles = str(getattr(opened, "tile", ""))
-            colour = opened.mode in ("RGB", "RGBA", "LA") and ";16" in tiles  # LA is read as colour is
-            opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
-            opened.load()
-            no_data = getattr(opened, "tag_v2", {}).get(42113)  # GDAL's, of a TIFF: the value of pixels without any
-            image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
-            with contextlib.suppress(Exception):  # what follows the first picture may be damaged
-                if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: with its preview
-                    told.add("several pictures: the first is used")
+        if (image := _jpeg(file, self.size) if ours else None) is None:
+            with _opened(file) as opened:
+                if self.size is not None and ours:
+                    opened.draft("RGB", (self.size, self.size))  # JPEG decodes straight to a size not below this
+                colour = _is_deep_colour(opened)
+                opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
+                opened.load()
+                no_data = getattr(opened, "tag_v2", {}).get(42113)  # GDAL's, of a TIFF: the value of pixels without any
+                image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
+                told |= _several(opened)
         if colour or image.mode.startswith(("I", "F")):
-            told.add("more than 8 bits")
+            told.add(DEEP)
             values = np.asarray(image.convert("RGB"), np.float64) * 256 if colour else np.asarray(image, np.float64)
             empty = np.isclose(values, float(no_data.strip(" \0")), 1e-6, equal_nan=True) if no_data else False
             known = values[~np.broadcast_to(empty, values.shape)]
@@ -185,6 +187,80 @@ def _about(path: Path) -> dict[str, Any]:
 
         return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["lora_vit"])
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def head_of(content: bytes) -> tuple[int | bool, ...]:
+    """What a file's header tells of its first picture: the fields of Head."""
+    with contextlib.suppress(Exception):
+        if (head := _jpeg_head(content)) and not head[2]:
+            return (*head[:2], False, False, False)
+        with _opened(content) as opened:
+            is_deep = _is_deep_colour(opened) or opened.mode.startswith(("I", "F"))
+            sides = opened.size[:: -1 if opened.getexif().get(0x0112, 1) > 4 else 1]
+            return (*sides, is_deep, bool(_several(opened)), opened.has_transparency_data)
+    return 0, 0, False, False, False
+
+
+@contextlib.contextmanager
+def _opened(file: Any) -> Iterator[Any]:
+    """Pillow's image of a file's bytes, or the image itself. No thread warns while any is in here.
+
+    Threads that leave Python's own context for this crosswise would mix its filters up.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # the user's own files: large ones are no attack
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
+    with _LOCK:
+        if not _INSIDE:
+            _FILTERS.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # odd metadata is not the user's concern if the pixels can be read
+        _INSIDE.append(file)
+    try:
+        with Image.open(io.BytesIO(file)) if isinstance(file, bytes) else contextlib.nullcontext(file) as opened:
+            yield opened
+    finally:
+        with _LOCK:
+            _INSIDE.pop()
+            if not _INSIDE:
+                _FILTERS.close()
+
+
+def _is_deep_colour(opened: Any) -> bool:
+    return opened.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(opened, "tile", ""))  # LA is read as colour is
+
+
+def _several(opened: Any) -> set[str]:
+    with contextlib.suppress(Exception):  # what follows the first picture may be damaged
+        if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: with its preview
+            return {SEVERAL}
+    return set()
+
+
+def _jpeg_head(content: bytes) -> tuple[int, int, bool] | None:
+    """Width and height of a JPEG as it lies, and whether it may say how it is to be turned; None: Pillow is asked."""
+    with contextlib.suppress(ValueError):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours in ("YCbCr", "Gray"):
+            return width, height, b"Exif\0" in content or b"Orientation" in content
+    return None
+
+
+def _jpeg(content: bytes, size: int | None) -> Any:
+    """A JPEG upright, the pixels Pillow's own, in less time; None: Pillow is to be asked.
+
+    Straight at the smallest of 1/1, 1/2, 1/4, 1/8 that is not below ``size``, as Pillow's draft.
+    """
+    with contextlib.suppress(ValueError):  # of what is damaged
+        if head := _jpeg_head(content):
+            factor = next((f for f in (8, 4, 2) if size and min(head[:2]) // size >= f), 1)
+            least = [-(-side // factor) if factor > 1 else 0 for side in head[:2]]
+            pixels = simplejpeg.decode_jpeg(content, "RGBX", min_height=least[1], min_width=least[0], min_factor=factor)
+            image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)  # in its own layout
+            if not head[2]:
+                return image
+            with _opened(content) as opened:
+                image.info = opened.info
+            return ImageOps.exif_transpose(image)
+    return None
 
 
 def reason(error: Exception) -> str:

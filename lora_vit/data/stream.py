@@ -12,15 +12,16 @@ from torch import Tensor
 from lora_vit import randomness
 from lora_vit.data.augment import Transform, mixed, to_device
 from lora_vit.data.dataset import ImageData
+from lora_vit.data.decode import Streamed
 from lora_vit.distributed import Process
 
 _DEVICE_SHARE = 0.25  # largest part of a GPU's free memory that the uint8 images may take
 _PIECE = 1 << 26  # bytes that are copied there at once: no more of them are in the host's own memory
-_AHEAD = 3  # batches for a GPU that are read before they are asked for, side by side: a disk gives more to several
+_AHEAD = 3  # batches that are read or decoded before they are asked for, side by side: a disk gives more to several
 
 
 class Samples:
-    """The uint8 images of a data set, or features, to gather batches of: on the GPU if there is room, else mapped."""
+    """The images of a data set, uint8, or features, to gather batches of: on the GPU if there is room, else as is."""
 
     def __init__(self, data: ImageData, device: torch.device, features: np.ndarray | None = None):
         self.device, self.data = device, data
@@ -28,15 +29,16 @@ class Samples:
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
         self._readers = ThreadPoolExecutor(_AHEAD)
-        if device.type == "cuda" and images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        room = _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if isinstance(images, np.ndarray) and images.nbytes < room:
             self._resident = torch.empty(images.shape, dtype=getattr(torch, images.dtype.name), device=device)
             count = 1 + images.nbytes // _PIECE
             for piece, here in zip(np.array_split(images, count), self._resident.tensor_split(count), strict=True):
                 here.copy_(to_device(np.array(piece), device))
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, Callable[[], tuple[Tensor, Tensor]]]:
-        """The ids, and what then gives their :meth:`gather`: images on a disk are for a GPU read by another thread."""
-        is_ahead = self.device.type == "cuda" and self._resident is None
+        """The ids, and what then gives their :meth:`gather`: other threads decode, and read from a disk for a GPU."""
+        is_ahead = isinstance(self._images, Streamed) or (self.device.type == "cuda" and self._resident is None)
         return ids, self._readers.submit(self.gather, ids).result if is_ahead else functools.partial(self.gather, ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.on_broken": (["skip"], ["drop"], "(one of: refuse, skip)"),
     "data.cache_size": ([8, None], [7], "pixels from 8 up"),
     "data.background": ([[0, 0, 0], [255, 255, 255]], [[0, 0], [0, 0, 256], [-1, 0, 0]], "green, blue in [0, 255]"),
+    "data.cache": (["auto"], ["ram"], "one of: auto, memory, disk, none"),
     "data.value_range": ([[0.0, 4095.0], [-1.5, 1.0], None], [[0.0], [0.0, math.inf]], "low and high"),
     "optimizer.name": (["adamw"], ["sdg"], "did you mean 'sgd'? (one of: adamw, sgd)"),
     "optimizer.momentum": ([], [-0.1, 1.0], "[0, 1)"),
@@ -127,6 +128,8 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
       for data in (DIGITS, CIFAR)),
     *(({**data, "data.value_range": [0.0, 1.0]}, ("data.value_range=[0.0, 1.0] has no effect",))
       for data in (DIGITS, CIFAR)),
+    *(({**data, "data.cache": "none"}, ("data.cache=none has no effect",)) for data in (DIGITS, CIFAR, {})),
+    ({"data.name": "imagefolder", "data.cache": "none"}, ()),
     *(({"data.value_range": [low, 1.0]}, ("data.value_range=", "low and high of deep images")) for low in (1.0, 2.0)),
     ({"data.name": "tiny_imagenet", "data.cache_size": 16}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, ()),

@@ -13,7 +13,7 @@ from plain_trials import BASELINE, PLAIN, plain_trial
 from lora_vit.config import SECTIONS, WITHOUT_IDENTITY, canonical, file_sha256, ids, is_weights_file, trial_id
 from lora_vit.errors import ConfigError
 
-ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
+ELSEWHERE = {"data.root", "data.cache", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
              "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every", "trainer.micro_batch",
              "trainer.checkpoint_activations", "trainer.deterministic", "trainer.metric", "data.labels", "data.images",
              "data.image_column", "data.label_column", "data.split_column", "data.target"}  # fmt: skip

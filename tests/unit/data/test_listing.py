@@ -144,7 +144,7 @@ def test_files_are_read_once_whatever_is_asked_for(reading, settled, tmp_path, c
     assert digests_of(reading.root, names, tmp_path / "cache", fetch=False) is not None
     reading.root = fill(tmp_path / "twin", *names[:2])
     reading.assert_digests(names[:2], names[:2])
-    assert len(list((tmp_path / "cache").glob("files-*.npz"))) == 2
+    assert len(list((tmp_path / "cache").glob("facts-*.npz"))) == 2
 
 
 @pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"])
@@ -181,7 +181,7 @@ def test_kept_digests_that_are_damaged_are_read_again(damage, reading, settled, 
     names = ["a.png", "b.png"]
     fill(reading.root, *names)
     reading.assert_digests(names, names)
-    (store,) = (tmp_path / "cache").glob("files-*.npz")
+    (store,) = (tmp_path / "cache").glob("facts-*.npz")
     if damage == "cut":
         store.write_bytes(store.read_bytes()[:50])
     else:
