@@ -118,7 +118,8 @@ def test_pictures_in_which_nothing_is_to_be_seen(shades, tmp_path):
     for i, path in enumerate(sorted((tmp_path / "pets").rglob("*.png"))):
         paint(path, shades[i % 2], (12, 10))
     message = refused(load, tmp_path)
-    assert f"every pixel of the images of data.root={tmp_path}/pets becomes about {shades[0]} of 0 .. 255" in message
+    assert f"every pixel of the images of data.root={tmp_path}/pets becomes about " in message
+    assert any(f" {shade} of 0 .. 255" in message for shade in shades)
 
 
 def test_what_lies_at_each_level_is_left_aside_with_a_word(parts, tmp_path):
