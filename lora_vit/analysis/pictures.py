@@ -93,6 +93,8 @@ class Sums:
             with np.load(folder / PREDICTIONS) as arrays:
                 val: Any = SimpleNamespace(**{k: arrays[f"val.{k}"] for k in READ if f"val.{k}" in arrays})
             self.count(cell, seed, val.labels, each_adds(self.metric, val))
+        except FileNotFoundError:
+            self.without.append((cell, f"{folder} has no {PREDICTIONS}"))
         except Exception as error:  # numpy and zipfile raise many kinds where a file is cut off or of another version
             self.without.append((cell, f"{folder / PREDICTIONS} cannot be used ({error})"))
 
