@@ -75,6 +75,8 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
     if d.root and d.images:
         refuse("data.images", d.images, f"and data.root={d.root} name two folders for the table's images: give one")
+    if d.cache == "none" and d.on_broken == "skip":
+        refuse("data.cache", "none", "finds broken files only in training: give disk with data.on_broken=skip")
     if d.value_range is not None and d.value_range[0] >= d.value_range[1]:
         refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
 

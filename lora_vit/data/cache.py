@@ -64,10 +64,10 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
     free = psutil.virtual_memory().available, shutil.disk_usage(cache_dir).free
     gib = [n / 2**30 for n in (needed, *free)]
     sizes = "{:,.1f} GiB decoded, {:,.1f} of memory and {:,.1f} of data.cache_dir free".format(*gib)
-    can_stream = heads is not None and (decoding.value_range is not None or not heads[DEEP].any())
+    can_stream = heads is not None and not skip and (decoding.value_range is not None or not heads[DEEP].any())
     cache = place_of(cache, needed, *free, can_stream)
     if cache == "none" and heads is not None:
-        return _streamed(root, names, digests, decoding, heads, shape, sizes, skip)
+        return _streamed(root, names, digests, decoding, heads, shape, sizes)
     if needed > free[cache == "disk"]:
         raise ConfigError(f"data.cache={cache}: {sizes}: give data.cache=none, or a smaller data.cache_size")
     if cache == "memory":
@@ -92,21 +92,21 @@ def _shape_of(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ..
 
 
 def _streamed(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, heads: np.ndarray,
-              shape: tuple[int, ...], sizes: str, skip: bool) -> Decoded:  # fmt: skip
+              shape: tuple[int, ...], sizes: str) -> Decoded:  # fmt: skip
     """Raises ConfigError for what headers show to be broken or of another size, and for deep files without a range."""
     bad, sides = np.flatnonzero(heads["width"] == 0), (shape[3], shape[2])
     notes = decode(root, [names[i] for i in bad], digests[bad], decoding, np.empty((len(bad), *shape[1:]), "u1"), 0)
     if decoding.size is None:
         others = np.flatnonzero((heads["width"] != sides[0]) | (heads["height"] != sides[1]))
         notes += [(names[i], "size", "{}x{}".format(*heads[i].item())) for i in others if heads["width"][i]]
-    broken = _broken(root, names, notes, sides, skip)
+    _broken(root, names, notes, sides, skip=False)
     counts = {kind: int(heads[kind].sum()) for kind in KINDS}
     if counts[DEEP] and decoding.value_range is None:
         what = f"data.cache=none: {counts[DEEP]:,} of {len(names):,} images below {shown(root)} have {DEEP}"
         raise ConfigError(f"{what}: give data.value_range=[low,high], or data.cache=disk, which finds it")
     lines = (f"decoded when needed ({sizes})", *_lines(counts))
     value_range = decoding.value_range if counts[DEEP] else None
-    return Streamed(root, names, digests, decoding, shape), value_range, lines, broken
+    return Streamed(root, names, digests, decoding, shape), value_range, lines, {}
 
 
 def _lines(counts: Mapping[str, int]) -> tuple[str, ...]:
