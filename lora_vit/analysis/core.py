@@ -117,8 +117,7 @@ def _mark_unsound(cells: pd.DataFrame, failed: pd.Series, unstable: dict[str, st
     """Count the trials of each cell that ``failed``, and say in ``mark`` why a cell gets no verdict."""
     no_verdict = cells["mark"] == "no verdict"
     cells["mark"] = cells["mark"].mask(cells["cell"].isin(unstable) & no_verdict, "unstable")
-    if len(failed):
-        lost = cells["cell"].map(failed).fillna(0).astype(int)
+    if (lost := cells["cell"].map(failed).fillna(0).astype(int)).any():
         cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
         cells["mark"] = cells["mark"].mask((lost > 0) & no_verdict, "failed")
 

@@ -25,7 +25,7 @@ from lora_vit.analysis.tables import SCALING, best_cell, confused
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.metrics import LOSSES
-from lora_vit.records import PREDICTIONS, state_of
+from lora_vit.records import PREDICTIONS, SEARCH, state_of
 from lora_vit.terminal import from_here, is_numeric, print_table
 
 ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
@@ -100,7 +100,7 @@ def sections(summary: Summary) -> list[tuple[str, pd.DataFrame, list[str]]]:
             ("seeds ±", "test", lambda test: plain(summary.halves_of_test(test)[0])),
             ("images ±", "test", lambda test: plain(summary.halves_of_test(test)[1])),
             (f"{table['base'][0]} is", "is", str),
-            *(("by", "difference", signed), ("95 % interval", "low high", signed)),
+            *(("by", "difference", signed), (f"{summary.sure} interval", "low high", signed)),
             ("parameters", "trainable_parameters", count),
         )
         asked.append((f"Each {title} at its best{first}", shown, [ASKED_NOTE, *[TEST_NOTE] * ("test" in table)]))
@@ -162,8 +162,8 @@ def brief(summary: Summary) -> pd.DataFrame:
 def table_tex(summary: Summary) -> str:
     """``table.tex`` for a paper, no wider than its page; what its preamble needs, verdict and warnings as comments."""
     whole = brief(summary)
-    caption = f"Val {summary.title}: mean ± sd over n seeds, and difference from the best in points"
-    caption += f"{' with its simultaneous 95 % interval' * (summary.race is None)}."
+    caption = f"Val {summary.title}: mean ± sd over n {summary.unit}, and difference from the best in points"
+    caption += f"{f' with its simultaneous {summary.sure} interval' * (summary.race is None)}."
     caption += f" The first {LATEX_ROWS} of {len(whole)} cells." if len(whole) > LATEX_ROWS else ""
     for told in re.findall(r"(?:^[\w ]+: |(?<=[;.] ))\*.+?[;.](?= |$)", summary.legend):  # of the marks that are there
         caption += f" {told}" * bool({*re.findall(r"\*(.+?)\*", told)} & {*whole["mark"]})
@@ -214,7 +214,8 @@ def notebook(summary: Summary) -> str:
 
 def again(summary: Summary, *settings: str) -> str:
     """The command of the sweep with other settings, into the same folder; empty where there is not one."""
-    if not summary.command or "\n" in summary.command:
+    is_search = any((Path(folder) / SEARCH).is_file() for folder in summary.folders)  # whose seed is not to choose
+    if not summary.command or "\n" in summary.command or is_search:
         return ""
     keys = {setting.partition("=")[0] for setting in settings}
     words = [word for word in shlex.split(summary.command) if word.partition("=")[0] not in keys]
@@ -256,7 +257,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         pictures={name: inline_svg(data, name) for name, data in pictures.items()},
         trials=as_text(
             summary.trials,
-            *("trial", ("cell", "label", str), "seed", "status", "epoch"),
+            *("trial", ("cell", "label", str), "split", "seed", "status", "epoch"),
             (f"val {summary.title} %", f"val_{summary.metric}", plain),
             ("val loss", "val_loss", loss),
             ("training loss", "train_loss", loss),

@@ -76,7 +76,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     latest = sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True)
     twice = [(new, old) for old in latest if (new := rows.setdefault((old["trial"], old["cell"]), old)) is not old]
     for new, old in twice[:1]:
-        others = sum(one["val_accuracy"] != other["val_accuracy"] for one, other in twice)
+        others = sum(str(one["val_accuracy"]) != str(other["val_accuracy"]) for one, other in twice)  # nan is nan
         problems.append(
             f"records left out for newer ones of their trials: {len(twice)} ({others} with another val accuracy), the "
             f"first is {old['folder']} ({old['status']}), for {new['folder']} ({new['status']})"

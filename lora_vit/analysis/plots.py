@@ -117,9 +117,9 @@ def difference(summary: Summary) -> Figure | None:
     axes.grid(axis="y", visible=False)
     for method in dict.fromkeys(shown[METHOD]) if METHOD in summary.settings else ():
         axes.plot([], [], "o", color=colour_of(method), label=METHODS.get(method, method))
-    lines = "lines: 95 % for all cells together, thick by seeds alone; " * bool(np.isfinite(ends).any())
-    dotted = "dots: seeds" if (shown["n"] > 1).any() else "one seed"
-    axes.set_xlabel(f"Points of val {summary.title}, cell minus best ({lines}{dotted})")
+    both = f"lines: {summary.sure} for all cells together, thick by {summary.unit} alone; "
+    dotted = f"dots: {summary.unit}" if (shown["n"] > 1).any() else "one seed"
+    axes.set_xlabel(f"Points of val {summary.title}, cell minus best ({both * bool(np.isfinite(ends).any())}{dotted})")
     return _with_legend(axes, 6)
 
 

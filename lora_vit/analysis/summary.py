@@ -18,7 +18,7 @@ from lora_vit.analysis.pictures import MOST_SEEDS, Sums
 from lora_vit.analysis.power import Design
 from lora_vit.analysis.questions import text
 from lora_vit.analysis.race import Race, standing
-from lora_vit.analysis.stats import Comparison, Interval, wilson
+from lora_vit.analysis.stats import ALPHA, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.config.rules import one_of
@@ -60,19 +60,22 @@ class Summary:
 
     legend = (
         "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
-        "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
-        "is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and the others "
-        "alone are no verdict; *unstable*: it collapsed in some seeds. *seeds ±* and *pictures ±*: how far other seeds "
-        "and pictures of the kind may move the difference from the best; it is *worse* beyond the root of the sum of "
+        "candidates with {sure}); *worse* is shown to be worse than the best ({risk} risk over all pairs together); "
+        "*open* is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and "
+        "the others alone are no verdict; *unstable*: it collapsed in some seeds. *seeds ±* and *pictures ±*: how far "
+        "others of the kind may move the difference from the best; it is *worse* beyond the root of the sum of "
         "their squares. *P(best)*: how probably the cell is the true best, by both errors under a flat prior; no "
-        "claim. A star marks the Pareto front of val {} against that cost."
+        "claim. A star marks the Pareto front of val {metric} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
     def __post_init__(self) -> None:
         self.title, self.meaning, _, self.counts_images, _ = METRICS[self.metric]
         losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
-        self.legend = self.legend.format(self.title) + losses
+        alpha = self.comparison.alpha if self.race is None else ALPHA * self.race.rules.margins
+        self.sure, self.risk = f"{100 - 100 * alpha:.4g} %", f"{100 * alpha:.2g} %"  # of this look's claims
+        self.unit = "splits" if self.comparison.overlap else "seeds"
+        self.legend = self.legend.format(metric=self.title, sure=self.sure, risk=self.risk) + losses
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.verdict}>"
@@ -107,7 +110,7 @@ class Summary:
         if c.best is None:
             return (
                 f"{start}, {number(best['mean'])}, but too few cells have two or more seeds to say whether the "
-                "difference is real. Repeat the sweep with seed=0,1,2, or race the best cells (docs/race.md)."
+                "difference is real. Train the best cells with seed=0,1,2, or race them (docs/race.md)."
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
         if cells["mark"].isin(["no verdict", "failed", "unstable"]).any():
@@ -160,7 +163,7 @@ class Summary:
         images = self.design.pictures_needed(difference, self.pictures, within) if self.pictures else 0
         if images > self.pictures:
             return f"more than {images:,} val pictures in place of the {self.pictures:,}"
-        return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"
+        return f"{f'about {seeds}' if seeds else f'more than {MOST_SEEDS}'} {self.unit} per cell"
 
     @property
     def design(self) -> Design:
@@ -186,9 +189,10 @@ class Summary:
 
     def errors_of_test(self) -> str:
         """Both half widths of the test figure in words."""
-        seeds, images = self.halves_of_test(self.test)
-        between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
-        return f"{between}± {plain(images)} from the {self.test_images:,} test images"
+        whence = f"between {self.unit}", f"from the {self.test_images:,} test images"
+        halves = zip(self.halves_of_test(self.test), whence, strict=True)
+        known = [f"± {plain(half)} {what}" for half, what in halves if math.isfinite(half)]
+        return ", ".join(known) or f"{self.test_images:,} test images"
 
     def halves_of_test(self, test: Interval) -> tuple[float, float]:
         """At 95 %, over seeds and over images; that of the images for a share of them alone."""
@@ -206,8 +210,8 @@ class RaceSummary(Summary):
         "A race: *selected* is the last one; *in* are those that still race, *unresolved* those that it did not "
         "separate; *out* ones fell behind after n seeds (later ones decide nothing and are not in the table); "
         "*failed*: a trial failed, and the others alone are no verdict. How long a cell ran depended on its results: a "
-        "mean and its interval describe the trials and claim nothing. A star marks the Pareto front of val {} against "
-        "that cost."
+        "mean and its interval describe the trials and claim nothing. A star marks the Pareto front of val {metric} "
+        "against that cost."
     )
 
     @property
@@ -223,10 +227,10 @@ class RaceSummary(Summary):
             outcome = f"{best_cell(cells)['label']} alone has no failed trial: nothing is claimed. {trials} trials."
         elif race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
-            sure = f"{100 - 5 * (n := race.rules.margins)} %" + f" (each of its {n} margins spends 5 %)" * (n > 1)
+            spent = f" (each of its {n} margins spends 5 %)" if (n := race.rules.margins) > 1 else ""
             outcome = (
-                f"{best_cell(cells)['label']} selected: with {sure} no other of {k - failed} cells is better by more "
-                f"than {margin}. {trials} trials{ahead}."
+                f"{best_cell(cells)['label']} selected: with {self.sure}{spent} no other of {k - failed} cells is "
+                f"better by more than {margin}. {trials} trials{ahead}."
             )
         elif race.ended and left.empty:
             outcome = "Nothing is selected: a trial of each cell failed."

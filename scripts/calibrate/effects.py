@@ -20,7 +20,8 @@ from lora_vit.analysis.stats import fit_blocks
 class Crossed:
     """A setting of ``levels`` levels beside ``others`` combinations of the other settings; the seeds' sd is 0.3 points.
 
-    ``spread``: the cells that spread more, and how many times. ``apart``: sd of the combinations' means, points.
+    ``spread``: the cells that spread more, and how many times; or the last level's cells share an error of sd 3 points,
+    as those at a rate that is too high may. ``apart``: sd of the combinations' means, points.
     """
 
     levels: int
@@ -34,10 +35,12 @@ class Crossed:
         sd, m, k = np.full((self.others, self.levels), 0.3), self.others // 2, self.levels - self.levels // 2
         wide = {"equal": sd[:0], "half of the levels 3x": sd[:, k:], "one level 10x": sd[:, -1:],
                 "half of the others 3x": sd[m:], "one of the others 10x": sd[-1:],
-                "one cell 10x": sd[-1:, -1:]}  # fmt: skip
+                "one cell 10x": sd[-1:, -1:], "one level shared": sd[:0]}  # fmt: skip
         wide[self.spread] *= 10 if "10x" in self.spread else 3
         mean = rng.normal(0, self.apart, (self.others, 1)) + lead * (np.arange(self.levels) == self.levels - 1)
         error = rng.normal(0, 0.5, self.seeds) + rng.normal(size=(*sd.shape, self.seeds)) * sd[..., None]
+        if self.spread == "one level shared":
+            error[:, -1] += rng.normal(0, 3.0, self.seeds)
         y = 88 + mean[..., None] + error
         return np.round(y / 100 * IMAGES) / IMAGES
 
@@ -70,7 +73,7 @@ def print_effects(runs: int, rng: np.random.Generator) -> None:
     head("spreads", "levels", "others", "others' sd", "errs %", "pooled, plain mean: errs %", "interaction errs %",
          "finds %")  # fmt: skip
     spreads = ("equal", "half of the levels 3x", "one level 10x", "half of the others 3x", "one of the others 10x",
-               "one cell 10x")  # fmt: skip
+               "one cell 10x", "one level shared")  # fmt: skip
     for spread in spreads:
         for levels, others, apart in ((4, 1, 0.0), (2, 9, 0.0), (3, 10, 0.0), (3, 10, 1.0)):
             cases = [Crossed(levels, others, n, spread, apart) for n in (2, 3, 5)]

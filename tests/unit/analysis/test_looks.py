@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 from lora_vit.analysis import stats
 from lora_vit.analysis.collapses import collapsed
 from lora_vit.analysis.core import summarize
+from lora_vit.analysis.export import table_tex
 from lora_vit.analysis.stats import compare
 from lora_vit.records import PLAN
 
@@ -38,6 +39,10 @@ def test_two_cells_are_compared_by_the_t_test_of_what_is_left_for_this_look(tmp_
     assert list(got.cells["mark"]) == ["best", mark]
     assert -got.cells["difference_low"][1] == pytest.approx(high, rel=1e-3)
     assert got.cells["below"][1] == pytest.approx(want.confidence_interval(1 - 2 * alpha)[1], rel=1e-3)
+    sure, risk = {1: ("95 %", "5 %"), 2: ("99.38 %", "0.62 %"), 3: ("99.81 %", "0.19 %")}[look]
+    assert f"candidates with {sure}" in got.legend
+    assert f"({risk} risk" in got.legend
+    assert f"simultaneous {sure.replace('%', chr(92) + '%')} interval" in table_tex(got)
     (line, *_), found = got.warnings, got.power()
     assert found is not None
     lead, sd = float(found[0].split()[0]) / 100, got.comparison.sd

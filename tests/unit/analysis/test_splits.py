@@ -64,7 +64,7 @@ def test_power_is_that_of_the_corrected_test(tmp_path):
     away = float(found.split()[0]) / 100 / sd
     critical = stats.t.ppf(0.975, 3)
     assert 1 - stats.nct.cdf(critical, 3, away) == pytest.approx(0.8, abs=0.01)
-    assert takes == "more than 400 seeds per cell"  # half a point is below what stays with any number of splits
+    assert takes == "more than 400 splits per cell"  # half a point is below what stays with any number of splits
 
 
 def test_what_is_missing_is_left_out_of_means(tmp_path):

@@ -65,7 +65,7 @@ THREE = [BEST, CANDIDATE, CANDIDATE, OPEN, WORSE]
         ([ALONE], {"n": 1, "low": NAN}, ONE, "99.00 % (one seed)."),
         ([ALONE], {"n": 2}, ONE, "99.00 % (95 % interval 98.00 % to 100.00 %) (2 seeds)."),
         ([ALONE, ("no verdict", 0.8)], {"n": 1}, "A has the highest val accuracy, 99.00 %, but too few cells have two",
-         "Repeat the sweep with seed=0,1,2, or race the best cells (docs/race.md)."),
+         "Train the best cells with seed=0,1,2, or race them (docs/race.md)."),
     ],
 )  # fmt: skip
 def test_the_verdict(rows, how, start, end):
@@ -154,7 +154,7 @@ def test_the_page_says_what_it_takes_where_no_seeds_do(pictures, takes):
     """By hand: 99 pictures, of whose part of 0.01 a hundredth is to be seen with 1.645 + 0.842 standard errors."""
     known = summary(BEST, OPEN, sd=0.1, pictures=pictures)
     known.command, known.pictures, known.margin = "python -m lora_vit.train sweep.name=x", 99, 0.01
-    assert f"1 cells are open. To show one to be within 1.00 points takes more than {takes}" in page(known)
+    assert f"not compared. To show one to be within 1.00 points takes more than {takes}" in page(known)
 
 
 def page(known: Summary) -> str:
