@@ -10,7 +10,7 @@ class DataSet(NamedTuple):
     """What is known of a data set; its parts are ``val`` and ``test``."""
 
     loader: str  # module of ``lora_vit/data`` whose ``find`` lists its images
-    needs: tuple[str, ...] = ("root",)  # settings that must have a value
+    needs: tuple[str, ...] = ("root",)  # settings that must have a value, unless a package brings the images
     reads: tuple[str, ...] = ()  # those of OPTIONAL that it reads
     in_package: bool = False  # a Python package brings the images: nothing to download, its version tells which
     always: tuple[str, ...] = ()  # parts that it has of its own, so no fraction of ``train`` becomes them
@@ -26,7 +26,7 @@ class DataSet(NamedTuple):
 
 DATASETS = {
     "tiny_imagenet": DataSet("tiny_imagenet", reads=("official_val",), perhaps=()),
-    "digits": DataSet("digits", needs=(), in_package=True, perhaps=(), one_size=True),
+    "digits": DataSet("digits", in_package=True, perhaps=(), one_size=True),
     "cifar10": DataSet("sets", always=("test",), perhaps=(), one_size=True),
     "cifar100": DataSet("sets", always=("test",), perhaps=(), one_size=True),
     "imagefolder": DataSet("folder"),
@@ -34,5 +34,5 @@ DATASETS = {
     "torchvision": DataSet("sets", needs=("root", "dataset"), reads=("dataset",)),
     "huggingface": DataSet("huggingface", needs=(), reads=("dataset", "image_column", "label_column")),
     "custom": DataSet("sets", needs=("target",), reads=("target",)),
-    "fake": DataSet("digits", needs=(), in_package=True, perhaps=()),
+    "fake": DataSet("digits", in_package=True, perhaps=()),
 }

@@ -139,8 +139,9 @@ def load_data(config: DataConfig) -> ImageData:
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
     one = lambda i: images[np.array([i])][0].astype("i2")  # noqa: E731
-    shade = int(one(splits["train"][0])[0, 0, 0])
-    if all(abs(one(i) - shade).max() < 3 for i in splits["train"]):  # seldom looks at more than the first
+    used = np.concatenate([*splits.values()])
+    shade = int(one(used[0])[0, 0, 0])
+    if all(abs(one(i) - shade).max() < 3 for i in used):  # seldom looks at more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
@@ -174,7 +175,7 @@ def forget() -> None:
 def find(config: DataConfig, fetch: bool = True) -> Found | None:
     """What it consists of; None where that is not known without a ``fetch``. Raises ConfigError."""
     known = DATASETS[config.name]
-    for key in known.needs:
+    for key in () if known.in_package else known.needs:
         if not getattr(config, key):
             raise ConfigError(f"data.{key} has no value: give {_NEEDED[key]} of data={config.name}")
     place = config.root or config.images or os.path.dirname(config.labels or "")

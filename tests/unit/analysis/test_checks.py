@@ -132,7 +132,7 @@ def test_what_is_missing_is_counted(quiet):
 def test_what_the_data_lack_is_told(quiet):
     record = make_record()
     record.data |= {"test": 0, "left_out": {"broken files": ["a.png (cut)"] * 21}}
-    lacking = {key: value for key, value in row(record, Path("x"), []).items() if key in ("data.left_out", "data.test")}
+    lacking = {key: value for key, value in row(record, Path("x")).items() if key in ("data.left_out", "data.test")}
     told = [("Left out of the data: broken files: 21 (a.png (cut), ",), ("No test part: nothing is tested.",)]
     assert_told(told, quiet.assign(**lacking))
 

@@ -134,7 +134,7 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     ({"data.name": "tiny_imagenet", "data.cache_size": 16}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, ()),
     ({"data.name": "table", "data.root": "a", "data.images": "b"}, ("data.images=b and data.root=a", "give one")),
-    ({"data.cache": "none", "data.on_broken": "skip"}, ("data.cache=none", "give disk with data.on_broken=skip")),
+    ({"data.name": "imagefolder", "data.cache": "none", "data.on_broken": "skip"}, ("data.cache=none", "give disk")),
     ({"data.train_examples": 9, "data.train_per_class": 2}, ("data.train_examples=9 and data.train_per_class=2",)),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ("data.val_fraction=0.5 and data.test_fraction=0.5",
                                                              "below 1")),

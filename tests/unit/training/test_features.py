@@ -86,7 +86,7 @@ def test_what_is_there_is_not_computed_again(tmp_path):
     setup.most_evaluated = 8
     with pytest.raises(StopIteration):
         with_features(setup, few, iter([None, None]).__next__)
-    assert seen == [8, 8], "two parts of val"
+    assert seen == [2] * 4, "two parts of train, each as it is and mirrored"
     with_features(setup, few, go_on)
     assert sum(seen) == 20 + 20 + 2 * 20
     (file,) = (tmp_path / "c").glob("features-*.npy")
@@ -101,7 +101,7 @@ def test_what_is_there_is_not_computed_again(tmp_path):
     held = file.read_bytes()
     for damaged, computed in (
         *((held[:-400] + b"oops" + held[-396:], [60]), (held[:-8], [60])),  # a vector
-        (b"oops", [20, 20, 60, 60]),
+        (b"oops", [60, 60, 20, 20]),
     ):
         file.write_bytes(damaged)
         again, seen = of_images(every)

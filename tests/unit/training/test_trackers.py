@@ -271,7 +271,7 @@ def some_predictions(count: int) -> Predictions:
 )
 def test_results_and_the_adapters_card(changes, scaling, size, tmp_path):
     trial = trial_in(tmp_path, changes)
-    data = SimpleNamespace(class_names=["a", "b"], decoding=Decoding(size, (0, 4095)))
+    data = SimpleNamespace(class_names=["a", "b"], decoding=Decoding(size, (0, 4095)), fingerprint="F", root=None)
     setup = SimpleNamespace(base={"weights": "W", "sha256": "S", **INPUTS}, data=data)
     trial.record.data, trial.record.metrics = {"fingerprint": "F"}, {"val_accuracy": 0.5}
     splits, tensors = {"val": some_predictions(5), "test": some_predictions(3)}, {"b": torch.ones(2, 3)}
