@@ -53,7 +53,7 @@ def test_every_figure_is_that_of_the_metric(tmp_path):
     assert got.test.mean == pytest.approx(1.5 - (Y[2].mean() - 0.01))
     assert set(got.effects.table["effect"].round(3)) == {0.03, 0.06}
     assert got.verdict.startswith("rank 16 has the highest val macro-F1, 59.87 %")
-    assert got.errors_of_test().endswith("± – from the 720 test images"), "Wilson's is that of a share of the images"
+    assert got.errors_of_test().endswith("between seeds"), "Wilson's interval is that of a share of the images"
     page = export.html_report(got, {}, "command")
     for words in ("val macro-F1 of rank 16", "test macro-F1 of that cell alone", "Pareto front of val macro-F1",
                   f"Every figure is the val macro-F1 ({METRICS['macro_f1'].meaning})"):  # fmt: skip
