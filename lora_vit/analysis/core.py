@@ -63,10 +63,7 @@ def summarize(
     resolution = max(1 / float(images) if images > 0 else 0.0, sums.step)
     values = tables.matrix(done, value)
     pictures = sums.of(list(values.index))
-    failed = seen[seen["status"] == "failed"].groupby("cell").size()
-    sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
-    unstable = collapses.named(tables.matrix(sound, value), resolution)
-    sound = sound[~sound["cell"].isin(unstable)]
+    sound, failed, unstable = _sound(first, seen, value, resolution)
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
     alpha = ALPHA / (1 + len(loaded.looks)) ** 3  # all looks together err in 5 % (1 + 1/8 + 1/27 + ...) = 6 % at most
     result = compare(compared, resolution, pictures=pictures, alpha=alpha, overlap=overlap)
@@ -111,6 +108,16 @@ def summarize(
         answers=asked,
         pictures=0 if pictures is None else pictures.means.shape[1],
     )
+
+
+def _sound(
+    first: pd.DataFrame, seen: pd.DataFrame, value: str, resolution: float
+) -> tuple[pd.DataFrame, pd.Series, dict[str, str]]:
+    """The trials that claims rest on, and of the other cells how many trials failed, or how they collapsed."""
+    failed = seen[seen["status"] == "failed"].groupby("cell").size()
+    sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
+    unstable = collapses.named(tables.matrix(sound, value), resolution)
+    return sound[~sound["cell"].isin(unstable)], failed, unstable
 
 
 def _mark_unsound(cells: pd.DataFrame, failed: pd.Series, unstable: dict[str, str]) -> None:

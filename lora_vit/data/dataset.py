@@ -61,6 +61,11 @@ class Found:
     source: str | None = None  # where they came from, with its revision, if not from the user's own files
     left_out: dict[str, list[str]] = field(default_factory=dict)  # files and classes by why they are in no part
 
+    @property
+    def keys(self) -> np.ndarray | None:
+        """By which equal files are found: the first 8 bytes of each digest, uint64 [N]."""
+        return None if self.digests is None else self.digests[:, :8].copy().view(np.uint64)[:, 0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Found):
@@ -95,7 +100,7 @@ class ImageData(Found):
             text += f"; {width}x{height} px, enlarged to {image_size} px"
         if self.decoding.value_range is not None:
             text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.decoding.value_range)
-        first = None if self.digests is None else self.digests[:, :8].copy().view(np.uint64)[:, 0]
+        first = self.keys
         for name, ids in self.splits.items():
             for where, keys in (("", first), ("of groups ", self.groups)):
                 count = 0 if keys is None or name == "train" else np.isin(keys[ids], keys[self.splits["train"]]).sum()

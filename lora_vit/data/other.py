@@ -43,10 +43,8 @@ def external(config: DataConfig, own: DataConfig, content: str | None, card: dic
     seen = "whether it was trained on some is not known here, as its own are elsewhere"
     with contextlib.suppress(ConfigError):
         known = content is not None and known_content(own, fetch=False) == content
-        if known and (ours := load_data(own)).digests is not None and found.digests is not None:
-            both = found.digests[ids], ours.digests[ours.splits["train"]]
-            first, of_train = (digests[:, :8].copy().view(np.uint64)[:, 0] for digests in both)
-            seen = f"it was trained on {np.isin(first, of_train).sum():,} of them"
+        if known and (keys := found.keys) is not None and (of_ours := (ours := load_data(own)).keys) is not None:
+            seen = f"it was trained on {np.isin(keys[ids], of_ours[ours.splits['train']]).sum():,} of them"
     lacking = [name for label, name in enumerate(class_names) if label not in labels[ids]]
     of = f"of {len(class_names) - len(lacking)} of its {len(class_names)} classes"
     of += f" (none of {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})" if lacking else ""
