@@ -22,7 +22,7 @@ ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the othe
 _SIZE = number("a whole number", "[1, inf)")
 _IMAGES = number("a number of images", "[1, inf)", ", or null for all")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
-_WHERE = NO_IDENTITY | {"as_before": None}  # what it leads to is told apart by its content
+_WHERE = NO_IDENTITY | {"as_before": None}  # it says where images are; what they are decides
 _CUT = text("(?!)", "is what lora-vit cut writes, the rank that was trained: leave it out")
 _MICRO_BATCH = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number of images from 1 up, auto, or null")
 

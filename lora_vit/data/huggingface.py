@@ -58,5 +58,6 @@ def _sets(wanted: Wanted) -> Sets:
     parts: dict[str, Any] = {}
     for split, rows in as_files.items():
         pairs = ((row[image]["bytes"] or row[image]["path"], row[label]) for row in rows.select_columns([image, label]))
-        parts[part_of(split) or split] = pairs if part_of(split) else [(b"", None)]  # left out, which is told
+        part = part_of(split)
+        parts[part or split] = pairs if part else [(b"", None)]  # a part without labels is left out, with a line
     return parts, getattr(features[label], "names", None), source

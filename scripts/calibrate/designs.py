@@ -64,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Population:
-    """Trials that predict ``pictures`` drawn anew for each sweep. Cells are equal on all pictures of the kind.
+    """Trials that classify ``pictures``. Each sweep draws new ones; over all pictures of the kind the cells are equal.
 
     Of the pictures, 12 % are undecided: a trial is right on one with probability p + g[cell, picture] + e[cell, seed],
     p uniform in [0.25, 0.75], g = +- ``own`` min(p, 1 - p), e of sd ``sd`` points of accuracy; half of the draws are

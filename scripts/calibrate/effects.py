@@ -53,7 +53,7 @@ class Crossed:
 
 def simulate_effects(case: Crossed, lead: float, runs: int, rng: np.random.Generator) -> tuple[float, float, float]:
     """Shares: the last level's interval against the first excludes 0; so it does with one pooled error where the plain
-    mean is highest; an interaction is told.
+    mean is highest; an interaction is reported.
     """
     found, frame = np.zeros(3), case.frame()
     for _ in range(runs):
@@ -108,5 +108,5 @@ def simulate_rates(
             if "95 %" in text:
                 low, high = map(float, re.findall(r"(-?[0-9.]+) to (-?[0-9.]+)\)", text)[0])
                 widths.append(high - low)
-                covers += low - 0.005 <= b <= high + 0.005  # two digits are told
+                covers += low - 0.005 <= b <= high + 0.005  # the text gives two digits
     return len(widths) / runs, covers / max(len(widths), 1), f"{np.median(widths) if widths else math.nan:.2f}"

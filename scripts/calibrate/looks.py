@@ -25,7 +25,7 @@ def simulate_looks(case: Case, first: int, grow: str, runs: int, rng: np.random.
     for _ in range(runs):
         y, n, worse = case.draw(case.true_means(rng), rng), np.full(case.cells, first), list[tuple[bool, bool]]()
         while n.max() <= case.seeds:
-            order = np.argsort(-n, kind="stable")  # fewer patterns, of which each is simulated
+            order = np.argsort(-n, kind="stable")  # so that fewer patterns of missing trials have to be simulated
             seen = np.where(np.arange(n.max()) < n[order, None], y[order, : n.max()], np.nan)
             alpha = ALPHA / (len(worse) + 1) ** 3
             r = compare(seen, 1 / case.images, alpha=alpha)
