@@ -114,11 +114,11 @@ class Decoding:
             if np.asarray(image.getchannel("A")).min() < 255:
                 told.add("transparent pixels")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), image)
-        if image.mode != "RGB":
+        if image.mode not in ("RGB", "RGBX"):
             image = image.convert("RGB")
         if self.size is not None:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), told
+        return np.ascontiguousarray(np.asarray(image)[..., :3].transpose(2, 0, 1)), told
 
 
 @dataclass(frozen=True)
