@@ -47,6 +47,24 @@ def tiny_imagenet_zip(project_root: Path) -> Path:
     return path
 
 
+def installed(path: str) -> Path:
+    if not Path(path).is_dir():
+        pytest.skip(f"{path} is not there: .ci/run installs it")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def openclipart() -> Path:
+    """8,121 drawings of 22 classes, nested, unbalanced, most of them transparent (Debian's openclipart-png)."""
+    return installed("/usr/share/openclipart/png")
+
+
+@pytest.fixture(scope="session")
+def emojis() -> list[Path]:
+    """The same 1,911 emojis of 10 classes in two styles, with a table of each (npm's emoji-datasource-*)."""
+    return [installed(f"/usr/lib/node_modules/emoji-datasource-{style}") for style in ("google", "twitter")]
+
+
 @pytest.fixture
 def hands(monkeypatch) -> SimpleNamespace:
     """The clock of bars and lines, which stands at what the test sets."""
