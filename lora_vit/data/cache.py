@@ -94,7 +94,7 @@ def _shape_of(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ..
 def _streamed(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, heads: np.ndarray,
               shape: tuple[int, ...], sizes: str) -> Decoded:  # fmt: skip
     """Raises ConfigError for what headers show to be broken or of another size, and for deep files without a range."""
-    bad, sides = np.flatnonzero(heads["width"] == 0), (shape[3], shape[2])
+    bad, sides = np.flatnonzero(heads["width"] == 0), shape[:1:-1]
     notes = decode(root, [names[i] for i in bad], digests[bad], decoding, np.empty((len(bad), *shape[1:]), "u1"), 0)
     if decoding.size is None:
         others = np.flatnonzero((heads["width"] != sides[0]) | (heads["height"] != sides[1]))
@@ -139,8 +139,8 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
            shape: tuple[int, ...], skip: bool) -> Decoded:  # fmt: skip
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
-        np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-        value_range, lines, broken = _fill(root, names, digests, decoding, partial, skip)
+        out = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        value_range, lines, broken = _fill(root, names, digests, decoding, out, skip)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial), [*broken.items()]])
@@ -150,10 +150,9 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         partial.unlink(missing_ok=True)
 
 
-def _fill(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding,
-          out: Path | np.ndarray, skip: bool) -> tuple[Range | None, tuple[str, ...], dict[int, str]]:  # fmt: skip
-    """Decode all images into an array, or the one in a file; the rest of Decoded."""
-    _, _, height, width = (out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r")).shape
+def _fill(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: np.ndarray, skip: bool
+          ) -> tuple[Range | None, tuple[str, ...], dict[int, str]]:  # fmt: skip
+    """Decode all images into an array; the rest of Decoded."""
     notes = _run(root, names, digests, decoding, out)
     deep = {name: values for name, kind, values in notes if kind == "values"}
     lost = sum(kind == "broken" for _, kind, _ in notes)
@@ -161,12 +160,12 @@ def _fill(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding,
         # one range for all, so that equal values stay equal
         decoding = replace(decoding, value_range=_range_of(root, deep, len(names) - lost))
         notes = _run(root, names, digests, decoding, out)
-    broken = _broken(root, names, notes, (width, height), skip)
+    broken = _broken(root, names, notes, out.shape[:1:-1], skip)
     told = Counter(what for _, what, nothing in notes if nothing is None)
     return decoding.value_range if DEEP in told else None, _lines(told), broken
 
 
-def _broken(root: Path, names: list[str], notes: list[Note], sides: tuple[int, int], skip: bool) -> dict[int, str]:
+def _broken(root: Path, names: list[str], notes: list[Note], sides: tuple[int, ...], skip: bool) -> dict[int, str]:
     """Why images cannot be read, by sample id, if we ``skip`` them.
 
     Else raises ConfigError for them, and for images that are not as wide and high as the others.
@@ -204,7 +203,7 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
     return low, high
 
 
-def _run(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Path | np.ndarray) -> list[Note]:
+def _run(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: np.ndarray) -> list[Note]:
     """Decode all files, in threads: what decodes lets go of the interpreter's lock."""
 
     def work(here: slice) -> list[Note]:

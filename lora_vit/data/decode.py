@@ -22,13 +22,12 @@ more than 8 bits and there is no range to scale them by. Anything else is a note
 
 
 def decode(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Any, start: int) -> list[Note]:
-    """Decode files of ``root`` into rows from ``start`` on of ``out``, an array or a file with one. Raises OSError.
+    """Decode files of ``root`` into rows from ``start`` on of ``out``, an array or a mapped one. Raises OSError.
 
     Returns what there is to say of some of them.
     """
-    array: Any = out if isinstance(out, np.ndarray) else np.load(out, mmap_mode="r")
-    here, notes = slice(start, start + len(names)), list[Note]()
-    rows = array[here] if array is out else np.zeros((len(names), *array.shape[1:]), np.uint8)
+    is_mapped, notes = isinstance(out, np.memmap), list[Note]()
+    rows = np.zeros((len(names), *out.shape[1:]), np.uint8) if is_mapped else out[start : start + len(names)]
     for row, name, digest in zip(rows, names, digests, strict=True):
         try:
             if hashlib.sha256(content := Path(root, name).read_bytes()).digest() != digest.tobytes():
@@ -44,10 +43,9 @@ def decode(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         else:
             row[:] = pixels
             notes += [(name, what, None) for what in told]
-    if array is not out:
-        # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
-        with open(out, mode="r+b") as file:
-            file.seek(array.offset + start * rows[0].nbytes)
+    if is_mapped:  # written rather than stored there: a full disk is an error then, but would kill the process now
+        with open(out.filename, mode="r+b") as file:
+            file.seek(out.offset + start * rows[0].nbytes)
             file.write(rows.data)
     return notes
 

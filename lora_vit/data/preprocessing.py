@@ -240,7 +240,10 @@ def _jpeg_head(content: bytes) -> tuple[int, int, bool] | None:
     with contextlib.suppress(ValueError):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours in ("YCbCr", "Gray"):
-            return width, height, b"Exif\0" in content or b"Orientation" in content
+            end = 2  # of the segments before the pixels, each with its length
+            while content[end : end + 2] not in (b"\xff\xda", b""):
+                end += 2 + int.from_bytes(content[end + 2 : end + 4], "big")
+            return width, height, any(content.find(said, 0, end) >= 0 for said in (b"Exif\0", b"Orientation"))
     return None
 
 

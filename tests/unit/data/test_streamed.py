@@ -79,6 +79,19 @@ def test_jpegs_become_what_pillow_makes_of_them(mode, monkeypatch):
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("how", ["exif", "xmp"])
+def test_a_jpeg_is_turned_whatever_stands_before_the_word_of_it(how, monkeypatch):
+    """Such as a preview that has pixels of its own, or segments with room between them."""
+    image, file = picture(40, 20), io.BytesIO()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    image.save(file, "JPEG", **({"exif": turned(image, 6)} if how == "exif" else {"xmp": xmp}))
+    whole = file.getvalue()
+    for before in (b"", b"\xff\xfe\xfd\xea" + 1000 * b"\xff\xda" + 63_000 * b"-", b"\xff\xff\xff\xfe\x00\x03-\xff\xff"):
+        content = whole[:2] + before + whole[2:]
+        assert head_of(content) == (20, 40, False, False, False)
+        assert Decoding(None).read(content)[0].shape == (3, 40, 20)
+
+
 def test_streamed_images_are_those_of_a_cache(pets, tmp_path):
     """Of all kinds of files; and each is told of, as far as headers show it."""
     kept, held, none = (streamed(tmp_path, where) for where in ("disk", "memory", "none"))
