@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from lora_vit.api import compose
 from lora_vit.config import DataConfig
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.cache import decoded
@@ -45,35 +47,10 @@ _QUEUED = 5
 
 
 def config(root: Path, cache_dir: str, name: str = "tiny_imagenet", kept: str = "disk") -> DataConfig:
-    return DataConfig(
-        name=name,
-        root=str(root),
-        batch_size=BATCH,
-        augment="flip" if kept == "disk" else "crop_flip",
-        randaugment_num_ops=2,
-        randaugment_magnitude=9,
-        color_jitter_brightness=0.4,
-        color_jitter_contrast=0.4,
-        color_jitter_saturation=0.4,
-        color_jitter_hue=0.0,
-        random_erasing_p=0.5,
-        mixup_alpha=1.0,
-        cutmix_alpha=1.0,
-        split_seed=0,
-        val_fraction=0.1,
-        test_fraction=0.1,
-        train_per_class=None,
-        **dict.fromkeys(("labels", "images", "image_column", "label_column", "split_column", "dataset", "target")),
-        group=None,
-        train_examples=None,
-        on_broken="refuse",
-        official_val=False,
-        cache_size=None if kept == "disk" else 256,
-        cache=kept,
-        cache_dir=cache_dir,
-        background=[255, 255, 255],
-        value_range=None,
-    )
+    own = {"augment": "flip", "cache_size": None} if kept == "disk" else {"augment": "crop_flip", "cache_size": 256}
+    places = {"name": name, "root": str(root), "cache": kept, "cache_dir": cache_dir}
+    data = compose(["data=fake"]).data
+    return replace(data, **places, **own, batch_size=BATCH, val_fraction=0.1, test_fraction=0.1)
 
 
 def steps(normalised: bool, streamed: bool) -> v2.Compose:
