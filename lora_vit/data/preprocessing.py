@@ -114,11 +114,11 @@ class Decoding:
             if np.asarray(image.getchannel("A")).min() < 255:
                 told.add("transparent pixels")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), image)
-        if image.mode not in ("RGB", "RGBX"):
+        if image.mode != "RGB":
             image = image.convert("RGB")
         if self.size is not None:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
-        return np.ascontiguousarray(np.asarray(image)[..., :3].transpose(2, 0, 1)), told
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), told
 
 
 @dataclass(frozen=True)
@@ -252,12 +252,14 @@ def _jpeg(content: bytes, size: int | None) -> Any:
 
     Straight at the smallest of 1/1, 1/2, 1/4, 1/8 that is not below ``size``, as Pillow's draft.
     """
-    with contextlib.suppress(ValueError):  # of what is damaged
+    with contextlib.suppress(ValueError, AttributeError):  # of what is damaged; of another Pillow's inner parts
         if head := _jpeg_head(content):
             factor = next((f for f in (8, 4, 2) if size and min(head[:2]) // size >= f), 1)
             least = [-(-side // factor) if factor > 1 else 0 for side in head[:2]]
             pixels = simplejpeg.decode_jpeg(content, "RGBX", min_height=least[1], min_width=least[0], min_factor=factor)
-            image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)  # in its own layout
+            # Pillow's own layout of RGB, so nothing is copied; ``frombuffer`` would have four colours to resize
+            mapped = Image.core.map_buffer(pixels, pixels.shape[1::-1], "raw", 0, ("RGB", 0, 1))
+            image = Image.new("RGB", (0, 0))._new(mapped)
             if not head[2]:
                 return image
             with _opened(content) as opened:

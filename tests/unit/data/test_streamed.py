@@ -73,6 +73,7 @@ def test_jpegs_become_what_pillow_makes_of_them(mode, monkeypatch):
             used.clear()
             found, _ = Decoding(size).read(file.getvalue())
             assert len(used) == (mode != "CMYK"), "simplejpeg has other colours for it"
+            assert (preprocessing._jpeg(file.getvalue(), size) is None) == (mode == "CMYK"), "Pillow has to decode it"
             with monkeypatch.context() as without:
                 without.setattr(preprocessing, "_jpeg", lambda *_: None)
                 expected, _ = Decoding(size).read(file.getvalue())
