@@ -39,6 +39,7 @@ COMMANDS = {  # the module of each, and what it does
 def main(command: str | None = None) -> None:
     """Run a command with the arguments in ``sys.argv`` and exit with its code; the first one may name it."""
     with reporting():
+        sys.path += [""] * ("" not in sys.path)  # one's own modules, as of data.target, lie where `python -m` looks
         given = [*([command] if command else []), *sys.argv[1:]]
         chosen = given[0] if given and given[0] in COMMANDS else ""
         module: Any = import_module(COMMANDS[chosen][0]) if chosen else None

@@ -318,8 +318,8 @@ def refuse_misread_paths(lines: Sequence[str]) -> None:
 
 
 def quoted(key: str, text: str) -> str:
-    """How to give a name that Hydra's grammar reads otherwise."""
-    return f"give the name in quotes, \"{key}={QuotedString(text, Quote.single).with_quotes()}\""
+    """How to give a name or a pattern that Hydra's grammar reads otherwise."""
+    return f"give it in quotes, \"{key}={QuotedString(text, Quote.single).with_quotes()}\""
 
 
 def no_option(option: str, others: str | None) -> str:
@@ -362,7 +362,7 @@ def explain(error: BaseException) -> str:
             return str(link)
         if isinstance(link, OverrideParseException):
             key, _, text = str(link.override).partition("=")
-            remedy = f": {quoted(key, text)}" if key.lstrip("+") in PATHS else ""
+            remedy = f": {quoted(key, text)}" if key.lstrip("+") in (*PATHS, "data.group") else ""
             remedy = ": end lines without \\r, as Unix does" if "\r" in text else remedy
             return f"cannot read the override {link.override!r} ({link.message.splitlines()[0]}){remedy}"
         if mark := getattr(link, "problem_mark", None):  # of YAML

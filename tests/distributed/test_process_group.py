@@ -116,6 +116,7 @@ def _end(rank: int, what: str) -> tuple[int, str]:
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err), distributed.group():
+            distributed.from_main(None)  # both have joined: gloo may wait for one that leaves earlier
             if what == "all have it" or rank == 1:
                 if what == "one lacks memory":
                     raise TrialFailed("full") from MemoryError()

@@ -40,6 +40,7 @@ CASES = [
     ("data=imagefolder data.root=", ["data.root has no value"]),
     ("hydra.run.dir=", ["hydra.run.dir has no value", "leave it out"]),  # not the current folder
     ("data=imagefolder data.root=~nobody9/x", ["data.root", "in quotes"]),
+    (r"data.group=^(\d+)_", ["data.group", r"'^(\d+)_'"]),
     ("data=imagefolder data.root='~nobody9/x'", ["~nobody9/x is not a folder"]),
     ("data=digits model.weights='~nobody9/x.pth'", ["~nobody9/x.pth cannot be read"]),
     ("tracker=[tensorboard,mlfow]", ["tracker/mlfow", "does not exist", "did you mean 'mlflow'?"]),

@@ -15,7 +15,7 @@ ODD = "ru n=(1),ü$x"
 
 def quoted_form(text: str) -> str:
     """What the message says to give instead."""
-    return re.findall(r'give the name in quotes, "(.*)"$', text, re.M)[0]
+    return re.findall(r'give it in quotes, "(.*)"$', text, re.M)[0]
 
 
 def test_the_form_that_a_message_shows_works(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,13 @@ def test_a_folder_without_a_trial(name, said, tmp_path):
     (tmp_path / name).touch()
     with pytest.raises(RecordError, match=said):
         cli.completed_trial(tmp_path, None, "cpu")
+
+
+def test_a_command_finds_modules_in_the_current_folder(call, monkeypatch, tmp_path):
+    """As ``python -m`` does: ``data.target``, trackers and engines of one's own lie there."""
+    (tmp_path / "lies_beside.py").write_text("")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    assert find_spec("lies_beside") is None
+    assert call(None, "--version")[0] == 0
+    assert find_spec("lies_beside") is not None
