@@ -5,6 +5,7 @@ import dataclasses
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data-root", help="where the data set is now, or other labelled images of the same classes")
     add("--labels", metavar="FILE", help="a table of images and labels, of others than the trial's own")
+    add("--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="of that table, where their names do not say it")
     add("--split", help="of its own images: val, test (default), train or official_val")
     add("--csv", type=Path, help="write a row for each image to this file: wrong ones first, then by probability")
     add("--out", type=Path, help="write classes, confusion matrix and a page of the worst errors into this folder")
 
 
 def evaluate(folder: str | Path, split: str | None = None, weights: str | None = None, data_root: str | None = None,
-             device: str = "auto", labels: str | None = None, recorded: bool = False
-             ) -> tuple[Any, TrialRecord]:  # fmt: skip
+             device: str = "auto", labels: str | None = None, columns: Sequence[str] | None = None,
+             recorded: bool = False) -> tuple[Any, TrialRecord]:  # fmt: skip
     """A completed trial's :class:`~.analysis.evaluated.Evaluated` on a split of its data, and its record.
 
     ``folder``: a trial's, or a sweep: its best cell's first seed; ``weights``, ``data_root``: where those that it was
     trained on are now, if elsewhere. Without a split ``data_root`` may be other images of its classes, as ``labels`` is
-    (a table): all of them are one part. ``recorded``: take the predictions of val and test from the record, where data
-    and record agree. Raises ConfigError, RecordError.
+    (a table; ``columns``: of image and label in it): all of them are one part. ``recorded``: take the predictions of
+    val and test from the record, where data and record agree. Raises ConfigError, RecordError.
     """
     folder, record, config = completed_trial(folder, weights, device)
     from lora_vit.analysis.evaluated import Evaluated
@@ -45,10 +47,12 @@ def evaluate(folder: str | Path, split: str | None = None, weights: str | None =
     from lora_vit.trained import trained_pack
     from lora_vit.training.loop import computing
 
+    if columns and labels is None:
+        raise ConfigError(f"--columns {' '.join(columns)}: give the table with --labels, or leave this out")
     forget()  # files may have changed since
     card, others, own = read_adapter(folder).card, None, config.data
     if data_root is not None or labels is not None:
-        config.data, content = elsewhere(own, data_root, labels, card), record.config["data"]["content"]
+        config.data, content = elsewhere(own, data_root, labels, columns, card), record.config["data"]["content"]
         if known_content(config.data) != content:
             if split is not None:
                 raise ConfigError(f"--split {split} is of the trial's own data, which these are not: leave it out")
@@ -85,11 +89,12 @@ def run(args: argparse.Namespace) -> int:
         check_out(args.csv, "--csv", ".csv")
     if args.out is not None:
         write_files(args.out, {})  # refused before any work
-    given = args.folder, args.split, args.weights, args.data_root, args.device, args.labels
+    given = args.folder, args.split, args.weights, args.data_root, args.device, args.labels, args.columns
     try:
         found, record = evaluate(*given, recorded=args.csv is not None or args.out is not None)
     except ConfigError as error:  # the settings are options here
         said = re.sub(r"data\.(root|images)\b", "--data-root", str(error)).replace("data.labels", "--labels")
+        said = re.sub(r"data\.(image|label)_column", "--columns", said)
         raise ConfigError(said) from None
     from lora_vit.terminal import make_console, print_table
 

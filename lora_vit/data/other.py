@@ -1,7 +1,7 @@
 """Labelled pictures that are not a trial's own: of its classes, and prepared as its own were."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,13 @@ from lora_vit.files import user_path
 EXTERNAL = "external"  # the one part that such pictures are in
 
 
-def elsewhere(own: DataConfig, root: str | None, labels: str | None, card: Mapping[str, Any]) -> DataConfig:
+def elsewhere(own: DataConfig, root: str | None, labels: str | None, columns: Sequence[str] | None,
+              card: Mapping[str, Any]) -> DataConfig:  # fmt: skip
     """What reads pictures for an adapter (its card): its data at ``root``, folders named as its classes, or a table."""
     if labels is not None:
-        return replace(own, name="table", labels=labels, root=root, images=None, split_column=None)
+        image, label = columns or (own.image_column, own.label_column)
+        own = replace(own, image_column=image, label_column=label, split_column=None)
+        return replace(own, name="table", labels=labels, root=root, images=None)
     inside = (path.name for level in ("*", "train*/*") for path in user_path(str(root)).glob(level))
     as_folders = DATASETS[own.name].in_package or any(name in card["class_names"] for name in inside)
     return replace(own, root=root, name="imagefolder" if as_folders else own.name)

@@ -67,10 +67,20 @@ def shares(labels: pd.Series, predicted: pd.Series) -> tuple[float, float, float
     return right / len(labels), ends.low, ends.high
 
 
-@pytest.mark.parametrize("given", [["--data-root", "other"], ["--labels", "table.csv", "--data-root", "other"]])
+def odd_table(other: Path) -> None:
+    """``odd.csv``, of whose columns no name says what it holds."""
+    table = pd.read_csv(other.parent / "table.csv")
+    table.set_axis(["this", "that"], axis="columns").assign(more=1).to_csv(other.parent / "odd.csv", index=False)
+
+
+ODD = ["--labels", "odd.csv", "--columns", "this", "that", "--data-root", "other"]
+
+
+@pytest.mark.parametrize("given", [["--data-root", "other"], ["--labels", "table.csv", "--data-root", "other"], ODD])
 @pytest.mark.parametrize("trial", ["trials/0", "fake/0"])
 def test_other_pictures_of_some_classes(given, trial, place, other, call):
     """Each is what predict says of it; the figures are scikit-learn's and scipy's."""
+    odd_table(other)
     code, said, _ = call("evaluate", place / trial, *given, "--csv", "p.csv", "--out", "out")
     rows = pd.read_csv("p.csv")
     predict, _ = api.predict(place / trial, sorted(other.glob("*/*.png")), top=1)
@@ -123,6 +133,9 @@ def test_other_pictures_of_some_classes(given, trial, place, other, call):
         (["--data-root", "absent"], "--data-root=absent is not a folder"),
         (["--data-root", "absent", "--split", "val"], "--data-root=absent is not a folder"),
         (["--labels", "absent.csv"], "--labels=absent.csv cannot be read"),
+        (["--labels", "odd.csv", "--data-root", "other"], "--columns has no value: give the one of this, that, more"),
+        (["--labels", "odd.csv", "--columns", "this", "thta"], "--columns=thta is not there, did you mean 'that'?"),
+        (["--columns", "this", "that"], "--columns this that: give the table with --labels"),
         (["--out", "table.csv"], "table.csv cannot be written (File exists): give another folder with --out"),
         (["--csv", "other/x.png"], "--csv other/x.png: give a file name that ends in .csv"),
     ],
@@ -132,6 +145,7 @@ def test_what_cannot_be_evaluated(given, words, place, other, call):
     for name in ("class 1", "class 2"):
         Path("deep", name).mkdir(parents=True)
         Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24) * 100).save(Path("deep", name, "0.png"))
+    odd_table(other)
     code, said, error = call("evaluate", place / "trials/0", *given)
     assert words in error
     assert (code, "Accuracy" in said, error.count("\n")) == (1, False, 1)
